@@ -33,7 +33,10 @@ import rustbpe
 import tiktoken
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+IMPORTED = time.perf_counter()
 
 # -----------------------------------------------------------------------------
 # The arenas
@@ -81,25 +84,20 @@ ARENAS = {
 DEFAULT_ARENA = "python"
 
 
-def find_arena(name: str) -> Arena:
-    """Look an arena up by name; ValueError with the choices when there is none."""
-    if name not in ARENAS:
-        raise ValueError(f"unknown arena {name!r}: choose one of {', '.join(sorted(ARENAS))}")
-    return ARENAS[name]
-
-
 def arena_from_environment() -> Arena:
     """The arena and seed that the driver chose: AUTORESEARCH_ARENA and AUTORESEARCH_SEED."""
-    try:
-        arena = find_arena(os.environ.get("AUTORESEARCH_ARENA", DEFAULT_ARENA))
-        return replace(arena, seed=int(os.environ.get("AUTORESEARCH_SEED", arena.seed)))
-    except ValueError as error:
-        fail(str(error))
+    name, seed = os.environ.get("AUTORESEARCH_ARENA", DEFAULT_ARENA), os.environ.get("AUTORESEARCH_SEED", "42")
+    if name not in ARENAS:
+        fail(f"unknown arena {name!r} in AUTORESEARCH_ARENA: choose one of {', '.join(sorted(ARENAS))}")
+    if not seed.isdecimal():
+        fail(f"AUTORESEARCH_SEED must be a whole number, not {seed!r}")
+    return replace(ARENAS[name], seed=int(seed))
 
 
-def fail(reason: str) -> NoReturn:
-    """End the process with one line and exit code 1: the driver records that line as the reason."""
-    raise SystemExit(f"error: {reason}")
+def fail(reason: str, code: int = 1) -> NoReturn:
+    """End the process with one line: the driver records it as the reason."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 ARENA = arena_from_environment()
@@ -179,7 +177,9 @@ class Tokenizer:
         self.pattern = pattern
         specials = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("autoresearch", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.encoding = tiktoken.Encoding(
+            "autoresearch", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+        )
         self.bos = len(tokens)
 
     @classmethod
@@ -250,7 +250,7 @@ class Packer:
 
 
 def pack_rows(documents: list[np.ndarray], rows: int, width: int) -> np.ndarray:
-    """Pack shuffled documents into a (rows, width) uint16 array once and for all; ValueError when they do not suffice."""
+    """Pack shuffled documents into (rows, width) uint16 once and for all; ValueError when they do not suffice."""
     order = np.random.default_rng(0).permutation(len(documents))
     packer = Packer(documents[i] for i in order)
     packed = np.empty((rows, width), dtype=np.uint16)
@@ -286,7 +286,7 @@ def read_manifest(arena: Arena) -> dict | None:
 
 
 def prepare(arena: Arena) -> dict:
-    """Make the files of an arena unless they are there; two callers at once wait for each other. Returns the manifest."""
+    """Make the files of an arena unless they are there, and return the manifest. Two callers wait for each other."""
     arena.folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(arena.folder.with_suffix(".lock")):
         if manifest := read_manifest(arena):
@@ -310,8 +310,9 @@ def locked(path: Path) -> Iterator[None]:
 
 def build(arena: Arena, folder: Path) -> dict:
     """Write tokenizer.json, train.bin, offsets.npy, val.npy, sealed.npy and, last, manifest.json into a folder."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    label = TextColumn("{task.description:<22}")
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         documents = collect(arena, progress)
         training = progress.track(documents["train"], description="train the tokenizer")
         tokenizer = Tokenizer.train(training, arena.vocab_size)
@@ -456,7 +457,8 @@ def evaluate(model: Logits, rows: np.ndarray, device: torch.device) -> tuple[flo
     """
     size = ARENA.eval_rows
     assert len(rows) % size == 0
-    exact, upstream = (torch.tensor(n, device=device) for n in Tokenizer.load(ARENA.folder / "tokenizer.json").byte_lengths())
+    tokenizer = Tokenizer.load(ARENA.folder / "tokenizer.json")
+    exact, upstream = (torch.tensor(lengths, device=device) for lengths in tokenizer.byte_lengths())
     nats = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     first = None
@@ -562,7 +564,9 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def process_age() -> float:
-    """Seconds since this process started, imports included (proc(5), field 22 of stat)."""
+    """Seconds since this process started, imports included (proc(5), field 22 of stat); else since this import."""
+    if not Path("/proc/self/stat").exists():
+        return time.perf_counter() - IMPORTED
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
@@ -572,11 +576,14 @@ def process_age() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the files of one arena; a second call does nothing.")
-    parser.add_argument("--arena", default=ARENA.name, help=f"one of {', '.join(sorted(ARENAS))} (default: {ARENA.name})")
+    choices = ", ".join(sorted(ARENAS))
+    parser.add_argument("--arena", default=ARENA.name, help=f"one of {choices} (default: {ARENA.name})")
+    name = parser.parse_args().arena
+    if name not in ARENAS:
+        fail(f"unknown arena {name!r}: choose one of {choices}", code=2)
+    start = time.perf_counter()
     try:
-        arena = find_arena(parser.parse_args().arena)
-        start = time.perf_counter()
-        manifest = prepare(arena)
+        manifest = prepare(arena := ARENAS[name])
     except ValueError as error:
         fail(str(error))
     except OSError as error:
@@ -585,7 +592,8 @@ def main() -> None:
     print(f"{arena.name}: tokens {tokens} ({time.perf_counter() - start:.0f} s)")
     # the driver reads this last line; `data` names these very files, so that numbers from others are never compared
     data = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()[:12]
-    print("ready:", json.dumps({"arena": arena.name, "budget": arena.budget, "data": data, "folder": str(arena.folder)}))
+    facts = {"name": arena.name, "budget": arena.budget, "data": data, "folder": str(arena.folder)}
+    print("ready:", json.dumps(facts))
 
 
 if __name__ == "__main__":

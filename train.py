@@ -20,7 +20,7 @@ from prepare import ARENA, TrainLoader, finish
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
-    from torch.nn.attention.varlen import varlen_attn   # costs seconds to import, and a CPU has no use for it
+    from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use to a CPU
 
 
 def pick(*by_card):
@@ -38,7 +38,7 @@ def pick(*by_card):
 #                    CPU    8 GB   12 GB  24 GB  48 GB  80 GB
 DEPTH         = pick(2,     4,     6,     8,     8,     8)       # [1, 16] layers
 HEADS         = pick(2,     2,     3,     4,     4,     4)       # [1, 16] attention heads in a layer
-HEAD_DIM      = pick(48,    128,   128,   128,   128,   128)     # width of a head; the model's width is HEADS * HEAD_DIM
+HEAD_DIM      = pick(48,    128,   128,   128,   128,   128)     # width of a head; the model's is HEADS * HEAD_DIM
 BATCH         = pick(2**12, 2**15, 2**16, 2**17, 2**18, 2**19)   # [2**10, 2**20] tokens in an optimizer step
 MICRO_BATCH   = pick(2**12, 2**13, 2**14, 2**15, 2**17, 2**18)   # tokens in a forward pass, bounded by memory
 WINDOWS       = "SSSL"      # one letter a layer, repeated: L sees the whole row, S a part of it; the last layer is L
@@ -84,18 +84,19 @@ def rotate(x, cos, sin):
 
 
 def document_mask(x, window):
-    """Which keys a query sees on a CPU: not later, not beyond the window, not in another document. Bool (B, 1, T, T)."""
+    """Bool (B, 1, T, T), on a CPU: a query sees no later key, none beyond the window, none of another document."""
     document = (x == ARENA.bos).cumsum(1)
     back = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
     return ((back >= 0) & (back <= window) & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
-def document_offsets(x, slots=max(T // 32, 1)):
+def document_offsets(x):
     """Starts of the documents in the flattened batch, int32 (B * slots + 1,): a fixed length, as compiling needs.
 
-    A row has `slots` of them; those not needed are empty and lie at the row's end, and where a row has more
-    documents than slots the last slot holds the rest.
+    A slot that a row does not need is empty and lies at the row's end; where a row has more documents than slots,
+    the last slot holds the rest.
     """
+    slots = max(T // 32, 1)
     rows = torch.arange(len(x), device=x.device)[:, None]
     document = (x == ARENA.bos).cumsum(1)
     slot = (document - document[:, :1]).clamp(max=slots - 1) + rows * slots
@@ -145,10 +146,10 @@ class GPT(nn.Module):
         super().__init__()
         letters = (WINDOWS * DEPTH)[: DEPTH - 1] + "L"
         self.windows = [-1 if letter == "L" else max(int(T * SHORT_WINDOW), 1) for letter in letters]
-        has_value_embedding = [(DEPTH - 1 - i) % 2 == 0 for i in range(DEPTH)]      # every second layer and the last
+        valued = range((DEPTH - 1) % 2, DEPTH, 2)       # layers with a value embedding: every second, and the last
         self.embed = nn.Embedding(V, WIDTH)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, WIDTH) for i in range(DEPTH) if has_value_embedding[i]})
-        self.attentions = nn.ModuleList(Attention(self.windows[i], has_value_embedding[i]) for i in range(DEPTH))
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, WIDTH) for i in valued})
+        self.attentions = nn.ModuleList(Attention(self.windows[i], i in valued) for i in range(DEPTH))
         self.mlps = nn.ModuleList(MLP() for _ in range(DEPTH))
         self.residual = nn.Parameter(torch.empty(DEPTH))    # weight of the stream at each layer
         self.skip = nn.Parameter(torch.empty(DEPTH))        # weight of the token embedding at each layer
@@ -227,7 +228,7 @@ def orthogonalize(matrices):
 
 
 def muon_update(weights, grads, momenta, momentum, lr, decay):
-    """Step a stack (N, rows, columns) in place. The four scalars are 0-D tensors, so that one compiled graph serves all."""
+    """Step a stack (N, rows, columns) in place. The scalars are 0-D tensors, so that one compiled graph serves all."""
     momenta.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momenta, momentum)).to(weights.dtype)
     lr = lr * max(1.0, weights.size(1) / weights.size(2)) ** 0.5
@@ -329,7 +330,8 @@ def main():
     network = compiled(model)
     warm_up(model, network, rows)
     adamw, muon = make_optimizers(model)
-    print(f"{DEVICE}: {DEPTH} layers x {WIDTH}, batch {BATCH} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{DEVICE}: {DEPTH} layers x {WIDTH}, batch {BATCH} tokens, {parameters:,} parameters", flush=True)
     gc.collect()
     gc.freeze()     # a collection in the middle of the run would stall it
     gc.disable()
@@ -345,7 +347,8 @@ def main():
         if not loss < 100:          # worded so that NaN fails
             raise SystemExit(f"error: the loss diverged: {loss} at step {step - 2}")
         if step % 10 == 0:
-            print(f"step {step:5d}  {loader.progress:6.1%}  loss {loss:.4f}  {loader.tokens / loader.elapsed():,.0f} tok/s", flush=True)
+            speed = loader.tokens / loader.elapsed()
+            print(f"step {step:5d}  {loader.progress:6.1%}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
     gc.unfreeze()
     gc.enable()
     finish(network, loader, depth=DEPTH, flops_per_token=flops_per_token(model))

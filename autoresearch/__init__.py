@@ -1,0 +1,1 @@
+"""The mechanism that loop.py drives: git, processes, records. It decides nothing and never imports loop.py."""

@@ -1,0 +1,69 @@
+"""The coding agents: what each is called by, and how one is asked. What it changed is for git to say."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoresearch import process
+from autoresearch.records import Reply, UserError, one_line
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+FILES = (("prompt", "md"), ("agent", "out"), ("agent", "err"))
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A command that reads a prompt on standard input, edits train.py where it stands, and says what it did."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+BUILT_IN = {
+    # -P: the worktree, which is its working directory, is not where its code comes from
+    "random": Agent("random", (sys.executable, "-P", "-m", "autoresearch.random_agent")),
+}
+
+
+def find_agent(text: str) -> Agent:
+    """A built-in agent by its name, else any shell command; UserError when its first word is no command."""
+    if text in BUILT_IN:
+        return BUILT_IN[text]
+    word = next((word for word in text.split() if "=" not in word), "")
+    if not word or not (shutil.which(word) or word.startswith(("(", "{", "./", "~", "$", "'", '"'))):
+        names = ", ".join(sorted(BUILT_IN))
+        raise UserError(f"unknown agent {text!r}: give one of {names}, or a command that is installed", 2)
+    return Agent(one_line(text, 80), ("/bin/sh", "-c", text))
+
+
+def ask(
+    agent: Agent, prompt: str, *, tree: Path, folder: Path, turn: int, facts: dict[str, str], limit: float, mark: Path
+) -> Reply:
+    """Call the agent once, fresh, under a hard limit in seconds. Prompt and transcript of the turn stay in `folder`."""
+    prompt_file, out, err = (folder / f"{name}-{turn}.{kind}" for name, kind in FILES)
+    prompt_file.write_text(prompt, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)} if agent.name in BUILT_IN else dict(os.environ)
+    ended = process.run(
+        list(agent.command), cwd=tree, env=env | facts, limit=limit, mark=mark, stdin=prompt_file, out=out, err=err
+    )
+    description, reason = read_answer(process.tail(out, 20_000))
+    if ended.code is None:
+        error = f"the agent was stopped after {limit:g} s"
+    elif ended.code:
+        error = f"the agent ended with exit code {ended.code}: {one_line(process.tail(err) or process.tail(out), 300)}"
+    else:
+        error = ""
+    return Reply(description, reason, ended.seconds, error)
+
+
+def read_answer(text: str) -> tuple[str, str]:
+    """The idea is the last non-empty line of an answer, the reason the paragraph before it; both bounded."""
+    lines = text.rstrip().splitlines()
+    if not lines:
+        return "", ""
+    paragraphs = "\n".join(lines[:-1]).rstrip().split("\n\n")
+    return one_line(lines[-1].strip("#*`- ")), one_line(paragraphs[-1], 1000)

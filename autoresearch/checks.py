@@ -1,0 +1,50 @@
+"""What must hold before a run starts; each refusal is one line that names the cure."""
+
+import re
+from pathlib import Path
+
+from autoresearch.git import GitError, Repo
+from autoresearch.ledger import Ledger
+from autoresearch.records import Arena, UserError, one_line
+from autoresearch.trial import check_syntax
+
+
+def open_checkout(root: Path) -> Repo:
+    try:
+        checkout = Repo.at(root)
+    except GitError as error:
+        cure = f"`cd {root} && git init && git add -A && git commit -m start` makes it one"
+        raise UserError(f"{root} is not a git repository of its own: {cure} ({one_line(error.err, 80)})") from None
+    if checkout.resolve("HEAD") is None:
+        raise UserError("the repository has no commit yet: `git add -A && git commit -m start`")
+    return checkout
+
+
+def check_tag(checkout: Repo, tag: str) -> None:
+    branch = f"refs/heads/autoresearch/{tag}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or not checkout.allows(branch):
+        raise UserError(f"--tag {tag!r} cannot be part of a branch's name: use letters, digits, '-' and '_'", 2)
+    if checkout.resolve("refs/heads/autoresearch"):
+        raise UserError("a branch named autoresearch is in the way: `git branch -m autoresearch another-name`", 2)
+    if checkout.head_branch() == branch:
+        raise UserError(f"your checkout is on autoresearch/{tag}, which the loop moves: `git switch -` first")
+
+
+def check_committed(checkout: Repo) -> None:
+    """A run starts from the user's last commit: what they changed since would silently not be in it."""
+    for name in ("train.py", "prepare.py"):
+        if checkout.dirty(name):
+            raise UserError(f"{name} has changes that are not committed: `git commit` or `git stash` them first")
+        if not checkout.holds("HEAD", name):
+            raise UserError(f"{name} is not in the last commit: `git add {name} && git commit`")
+    if broken := check_syntax(checkout.tree / "train.py"):
+        raise UserError(broken.reason)
+
+
+def check_arena(ledger: Ledger, arena: Arena) -> None:
+    """Numbers are compared within one arena and one set of its files."""
+    if ledger.history:
+        first = ledger.history[0][1]
+        if (first.arena, first.data) != (arena.name, arena.data):
+            ran = f"ran in the arena {first.arena} with data {first.data}"
+            raise UserError(f"{ledger.tag} {ran}, and this is {arena.name} with {arena.data}: take another --tag")

@@ -1,0 +1,86 @@
+"""What a person sees while it runs: one line for each event."""
+
+from datetime import datetime
+
+from rich.console import Console
+
+from autoresearch.records import (
+    Asking,
+    Dropped,
+    Event,
+    Experiment,
+    Preparing,
+    Settled,
+    Stalled,
+    Started,
+    Stopped,
+    Training,
+    one_line,
+)
+
+
+class Plain:
+    """One timestamped line per event, for a terminal, a pipe or a log."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, markup=False)
+
+    def __call__(self, event: Event) -> None:
+        style = event.experiment.status if isinstance(event, Settled) else ""
+        color = {"keep": "bold green", "discard": "", "crash": "red", "": ""}[style]
+        self.console.print(f"{datetime.now():%H:%M:%S}  {text(event)}", style=color)
+
+
+def text(event: Event) -> str:
+    """Word an event in one line."""
+    match event:
+        case Preparing(arena):
+            return f"preparing the arena {arena}"
+        case Started(tag, branch, agent, arena, machine, recorded, incumbent):
+            where = machine.gpu or "the CPU"
+            so_far = f"resuming after {recorded} experiments, best {incumbent:.6f}" if incumbent else "a new run"
+            contest = f"arena {arena.name}, {arena.budget:g} s each, on {where}"
+            return f"{tag}: {so_far}; {contest}; agent {agent}; branch {branch}"
+        case Asking(number, 0):
+            return f"{number:04d} asking the agent"
+        case Asking(number, attempt):
+            return f"{number:04d} crashed; asking for repair {attempt}"
+        case Training(number, description):
+            return f"{number:04d} training: {description}"
+        case Settled(experiment, commit):
+            return f"{outcome(experiment)} ({commit[:10]})"
+        case Stalled(number, reason):
+            return f"{number:04d} no experiment: {one_line(reason)}"
+        case Dropped(commit):
+            return f"put away what was unfinished: {commit[:10]}"
+        case Stopped(reason, experiments, best):
+            score = f"; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}" if best else ""
+            return f"{reason} after {experiments} experiments{score}"
+
+
+def outcome(e: Experiment) -> str:
+    """An experiment in one line: number, verdict, score, difference to the incumbent, idea."""
+    score = "no number" if e.val_bpb is None else f"{e.val_bpb:.6f}"
+    difference = f" ({e.val_bpb - e.incumbent:+.6f})" if e.val_bpb is not None and e.incumbent is not None else ""
+    why = f" [{one_line(e.crash, 120)}]" if e.crash else ""
+    return f"{e.number:04d} {e.status:7s} {score}{difference} {e.description}{why}"
+
+
+def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:
+    """Where a run stands, in a few lines: counts, gain, rate, the kept ones, the last ten."""
+    experiments = [experiment for _, experiment in history]
+    kept = [e for e in experiments if e.status == "keep"]
+    first, best = experiments[0], min(kept, key=lambda e: e.val_bpb or 0.0)
+    count = {status: sum(e.status == status for e in experiments[1:]) for status in ("keep", "discard", "crash")}
+    hours = sum(e.minutes for e in experiments) / 60
+    gain = (first.val_bpb or 0.0) - (best.val_bpb or 0.0)
+    return "\n".join(
+        [
+            f"{first.tag}: {'running, ' + holder if holder else 'not running'}; arena {first.arena}, branch autoresearch/{first.tag}",
+            f"baseline {first.val_bpb:.6f}, best {best.val_bpb:.6f} ({-gain:+.6f}, experiment {best.number}: {best.description})",
+            f"{len(experiments) - 1} experiments in {hours:.1f} h: {count['keep']} kept, {count['discard']} discarded, {count['crash']} crashed",
+            "",
+            "the last ten:",
+            *(outcome(e) for e in experiments[-10:]),
+        ]
+    )

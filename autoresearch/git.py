@@ -1,0 +1,209 @@
+"""The one door to git: the verbs on one working tree."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# A hook or an alias that starts the loop exports GIT_DIR and its kin; obeying them would work on another repository.
+FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX",
+           "GIT_NAMESPACE", "GIT_CEILING_DIRECTORIES", "GIT_CONFIG_PARAMETERS", "GIT_CONFIG_COUNT")  # fmt: skip
+# The user's hooks and signing key are for the user's commits.
+OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.quotePath=false",
+           "-c", "core.fsmonitor=false", "-c", "gc.auto=0", "--no-optional-locks")  # fmt: skip
+IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
+            for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
+
+
+class GitError(Exception):
+    """A git command that failed, with everything it said."""
+
+    def __init__(self, command: tuple[str, ...], code: int, out: str, err: str):
+        super().__init__(f"git {' '.join(command)}: exit {code}: {(err or out).strip()}")
+        self.code = code
+        self.err = err
+
+
+@dataclass(frozen=True)
+class Repo:
+    """One working tree. `git_dir` and `tree` are given to git in so many words, so that nothing in the tree can
+    point it elsewhere."""
+
+    tree: Path
+    git_dir: Path
+
+    @classmethod
+    def at(cls, tree: Path) -> "Repo":
+        """The repository that a directory is the top of; GitError when it is not."""
+        top = run_git("-C", str(tree), "rev-parse", "--show-toplevel", "--absolute-git-dir").splitlines()
+        if Path(top[0]) != tree.resolve():
+            raise GitError(("rev-parse",), 1, "", f"{tree} lies inside the repository {top[0]}")
+        return cls(tree.resolve(), Path(top[1]))
+
+    def git(self, *args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
+        where = (f"--git-dir={self.git_dir}", f"--work-tree={self.tree}")
+        return run_git(*where, *args, stdin=stdin, env=env, cwd=self.tree)
+
+    @property
+    def common_dir(self) -> Path:
+        """The repository itself, which worktrees share."""
+        return Path(self.git("rev-parse", "--path-format=absolute", "--git-common-dir").strip())
+
+    # --- reading
+
+    def resolve(self, name: str) -> str | None:
+        """The commit that a name stands for, or None."""
+        try:
+            return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
+        except GitError:
+            return None
+
+    def messages(self, prefix: str) -> list[tuple[str, str, str]]:
+        """(ref, commit, message) of every ref under a prefix, sorted by name."""
+        out = self.git("for-each-ref", "--format=%(refname)%00%(objectname)%00%(contents)%00%00", prefix)
+        records = [record.lstrip("\n").split("\0") for record in out.split("\0\0") if record.strip()]
+        return [(ref, commit, text) for ref, commit, text in records]
+
+    def holds(self, commit: str, path: str) -> bool:
+        """Whether a commit has a file of that name."""
+        return self.succeeds("cat-file", "-e", f"{commit}:{path}")
+
+    def contains(self, commit: str, ancestor: str) -> bool:
+        """Whether the history of `commit` includes `ancestor`; each includes itself."""
+        return self.succeeds("merge-base", "--is-ancestor", ancestor, commit)
+
+    def allows(self, ref: str) -> bool:
+        """Whether git would take this for the name of a ref."""
+        return self.succeeds("check-ref-format", ref)
+
+    def head_branch(self) -> str:
+        """The full name of the branch that HEAD is on, empty when it is on none."""
+        return self.git("symbolic-ref", "HEAD").strip() if self.succeeds("symbolic-ref", "--quiet", "HEAD") else ""
+
+    def succeeds(self, *args: str) -> bool:
+        try:
+            self.git(*args)
+        except GitError:
+            return False
+        return True
+
+    def blob(self, commit: str, path: str) -> str:
+        """The hash of a file's content in a commit."""
+        return self.git("rev-parse", f"{commit}:{path}").strip()
+
+    def store(self, path: Path) -> str:
+        """Keep a file's text in the object store and return the blob's hash."""
+        return self.git("hash-object", "-w", "--no-filters", str(path)).strip()
+
+    def dirty(self, *paths: str) -> list[str]:
+        """Those of the paths that differ from HEAD, untracked ones included."""
+        out = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *paths)
+        return [entry[3:] for entry in out.split("\0") if entry]
+
+    def lines_changed(self, base: str, commit: str, path: str) -> tuple[int, int]:
+        """Lines added to and removed from a file between two commits."""
+        out = self.git("diff", "--numstat", "--no-renames", "--no-ext-diff", "--text", base, commit, "--", path).split()
+        return (int(out[0]), int(out[1])) if out else (0, 0)
+
+    # --- the worktree
+
+    def worktree(self, path: Path, branch: str, start: str) -> "Repo":
+        """Open the worktree at `path` on `branch`; made, or made again, at `start` where it is missing or broken."""
+        own = read_worktree(path, self.common_dir)
+        if own is None:
+            remove_tree(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.git("worktree", "prune")
+            self.git("worktree", "add", "--quiet", "--force", "-B", branch, str(path), start)
+            own = read_worktree(path, self.common_dir)
+        assert own is not None
+        for lock in own.git_dir.glob("*.lock"):
+            lock.unlink()  # left by a git that was killed
+        return own
+
+    def unlock(self, *refs: str) -> None:
+        """Remove what a killed git left of its locks on refs that nobody else writes; a pattern may hold a `*`."""
+        for lock in (lock for ref in refs for lock in self.common_dir.glob(f"{ref}.lock")):
+            lock.unlink()
+
+    def attach(self, branch: str, commit: str) -> None:
+        """Point HEAD at the branch and the branch and index at a commit, whatever happened to them; files stay."""
+        self.git("symbolic-ref", "HEAD", f"refs/heads/{branch}")
+        self.git("update-ref", f"refs/heads/{branch}", commit)
+        (self.git_dir / "index").unlink(missing_ok=True)  # a fresh index has no assume-unchanged flags to hide edits
+        self.git("read-tree", commit)
+
+    def changed(self, branch: str, base: str) -> list[str]:
+        """Every path that differs from `base`: edited, deleted, new, or committed by somebody else meanwhile."""
+        self.attach(branch, base)
+        edited = self.git("diff", "--name-only", "-z", "--no-renames", "--no-ext-diff", base)
+        new = self.git("ls-files", "--others", "--exclude-standard", "-z")
+        return sorted({path for path in (edited + new).split("\0") if path})
+
+    def commit(self, text: str, parent: str, files: tuple[str, ...] = ()) -> str:
+        """Make a commit of `parent`'s files with these ones as they are in the tree now; no branch moves."""
+        self.git("read-tree", parent)
+        present = [name for name in files if (self.tree / name).is_file() and not (self.tree / name).is_symlink()]
+        if present:
+            self.git("add", "--force", "--", *present)
+        return self.commit_tree(text, self.git("write-tree").strip(), parent)
+
+    def commit_tree(self, text: str, tree: str, parent: str) -> str:
+        return self.git("commit-tree", "--no-gpg-sign", tree, "-p", parent, stdin=text, env=self.identity()).strip()
+
+    def identity(self) -> dict[str, str]:
+        """The user's name where git knows one, else the project's, by environment and never by git's configuration."""
+        if self.succeeds("config", "user.name") and self.succeeds("config", "user.email"):
+            return {}
+        return {name: os.environ.get(name, value) for name, value in IDENTITY.items()}
+
+    def point(self, ref: str, commit: str) -> None:
+        self.git("update-ref", ref, commit)
+
+    def reset(self, branch: str, commit: str) -> None:
+        """Put branch and tree back to a commit and remove everything else, ignored files included."""
+        self.attach(branch, commit)
+        self.git("reset", "--quiet", "--hard", commit)
+        self.git("clean", "--quiet", "-ffdx")
+
+
+def run_git(*args: str, stdin: str | None = None, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    environment |= {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C.UTF-8", **(env or {})}
+    done = subprocess.run(
+        ["git", *OPTIONS, *args],
+        input=stdin or "",
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        cwd=cwd,
+        check=False,
+        start_new_session=True,  # Ctrl-C is for us: git finishes what it is at
+    )
+    if done.returncode:
+        raise GitError(args, done.returncode, done.stdout, done.stderr)
+    return done.stdout
+
+
+def read_worktree(path: Path, common_dir: Path) -> Repo | None:
+    """The worktree at a path when it is one of this repository's and git can use it, else None."""
+    try:
+        own = Path((path / ".git").read_text().removeprefix("gitdir: ").strip())
+        if own.parent != common_dir / "worktrees":
+            return None
+        repo = Repo(path, own)
+        repo.git("rev-parse", "--git-dir")
+        return repo
+    except (OSError, ValueError, GitError):
+        return None
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a tree that somebody may have left without permissions."""
+    for folder, _, _ in os.walk(path):
+        for inner in Path(folder).iterdir():
+            if inner.is_dir() and not inner.is_symlink():
+                inner.chmod(0o700)
+    shutil.rmtree(path, ignore_errors=True)

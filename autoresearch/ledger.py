@@ -1,0 +1,155 @@
+"""The experiment history: git refs and trailers are the truth, results.tsv is their projection."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from autoresearch.git import Repo
+from autoresearch.records import Experiment, UserError, message, parse_message
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
+REFS = "refs/autoresearch"
+
+
+class Ledger:
+    """What one tag has recorded. `history` holds (commit, experiment), oldest first; the baseline is its first."""
+
+    def __init__(self, repo: Repo, tag: str):
+        self.repo = repo
+        self.tag = tag
+        self.branch = f"autoresearch/{tag}"
+        self.table = repo.tree / "results.tsv"
+        self.history = read_history(repo, tag)
+
+    @property
+    def next_number(self) -> int:
+        return self.history[-1][1].number + 1 if self.history else 0
+
+    @property
+    def incumbent(self) -> tuple[str, Experiment] | None:
+        """The last one kept: the tip of the branch."""
+        return next((entry for entry in reversed(self.history) if entry[1].status == "keep"), None)
+
+    @property
+    def best(self) -> Experiment | None:
+        """The best ever kept."""
+        kept = [experiment for _, experiment in self.history if experiment.status == "keep"]
+        return min(kept, key=lambda experiment: experiment.val_bpb or 0.0, default=None)
+
+    def now(self) -> str:
+        """The time of day, but never earlier than the last record's: a clock set back must not reorder results.tsv."""
+        time = datetime.now(UTC)
+        if self.history:
+            last = datetime.fromisoformat(self.history[-1][1].finished)
+            time = max(time, last + timedelta(microseconds=1))
+        return time.isoformat(timespec="microseconds")
+
+    def record(self, experiment: Experiment, parent: str, commit: str) -> str:
+        """Make `commit`'s files a child of `parent` with the experiment's trailers, for ever. Returns the new commit.
+
+        The ref is the moment of truth: before it nothing has happened, after it the row can be made again.
+        """
+        final = self.repo.commit_tree(message(experiment), f"{commit}^{{tree}}", parent)
+        self.repo.point(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
+        # what is remembered is what was written, so that a row made now and one made again later are the same
+        entry = (final, parse_message(message(experiment)))
+        self.history.append(entry)
+        with locked(self.table):
+            append(self.table, row(*entry))
+        return final
+
+    def rebuild(self) -> None:
+        """Make results.tsv what the refs of all tags say. Lines that are not from there are put aside, not lost."""
+        entries = sorted(read_history(self.repo), key=lambda e: (e[1].finished, e[1].tag, e[1].number))
+        table = HEADER + "".join(row(*entry) for entry in entries)
+        with locked(self.table):
+            found = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
+            if found == table:
+                return
+            if set(found.splitlines()[:-1]) - set(table.splitlines()):  # the last may be torn
+                aside = self.table.with_name(f"results.tsv.{datetime.now(UTC):%Y%m%d-%H%M%S}.bak")
+                aside.write_text(found, encoding="utf-8")
+            fresh = self.table.with_name("results.tsv.new")
+            fresh.write_text(table, encoding="utf-8")
+            fresh.replace(self.table)
+
+
+def read_history(repo: Repo, tag: str = "*") -> list[tuple[str, Experiment]]:
+    """Recorded experiments of one tag, or of all, by name of their refs."""
+    history = []
+    for ref, commit, text in repo.messages(f"{REFS}/{tag}/*"):
+        try:
+            history.append((commit, parse_message(text)))
+        except ValueError as error:
+            raise UserError(f"{ref} is {error}; `git update-ref -d {ref}` removes it") from None
+    return history
+
+
+def row(commit: str, experiment: Experiment) -> str:
+    """One line of results.tsv: upstream's five columns, then ours. No number is 0 there, an unknown cost is empty."""
+    e = experiment
+    cells = (
+        commit[:10],
+        f"{e.val_bpb or 0:.6f}",
+        f"{e.memory_gb or 0:.1f}",
+        e.status,
+        # a quote would make a reader of the table swallow the lines up to the next one
+        " ".join(e.description.replace('"', "'").split()),
+        e.tag,
+        f"{e.number}",
+        f"{e.minutes:.1f}",
+        "" if e.cost_usd is None else f"{e.cost_usd:.4f}",
+        f"{e.lines}",
+    )
+    return "\t".join(cells) + "\n"
+
+
+def append(table: Path, line: str) -> None:
+    """Append a whole line and have it on disk; a torn last line is cut off first, since it would glue onto this one."""
+    with table.open("a+b") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write((HEADER if not whole else "").encode() + line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(table: Path) -> Iterator[None]:
+    """Hold the table: drivers of other tags write it too. The lock is a file of its own, as the table is replaced."""
+    path = table.parent / "runs" / "results.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold a tag for this process; UserError that names the holder when there is one. Dies with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{holder(path)} is already running {path.parent.name}: one driver a tag") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def holder(path: Path) -> str | None:
+    """Who holds a tag now, or None."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return path.read_text() or "another process"

@@ -1,0 +1,327 @@
+"""What the parts tell each other: frozen records, made only when every field is known. Imports nothing of ours."""
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["keep", "discard", "crash"]
+
+
+class UserError(Exception):
+    """Something a person has to mend; told in one line that names the cure. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+# -----------------------------------------------------------------------------
+# The arena and the machine, as the driver knows them
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What `prepare.py` says of the arena it made ready: its name, budget in seconds, and the name of its files."""
+
+    name: str
+    budget: float
+    data: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where experiments run. `gpu` and `driver` are empty without a GPU."""
+
+    gpu: str
+    driver: str
+    torch: str
+
+
+# -----------------------------------------------------------------------------
+# How one training run ended
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The block that `finish` of prepare.py prints, field for field."""
+
+    val_bpb: float
+    val_bpb_upstream: float
+    training_seconds: float
+    total_seconds: float
+    peak_vram_mb: float
+    mfu_percent: float | None
+    total_tokens_M: float
+    num_steps: int
+    num_params_M: float
+    depth: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Training ended with a summary that can be believed; `seconds` is wall clock from start to exit."""
+
+    summary: Summary
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """No number: `reason` in one line, `tail` is the end of what the run printed."""
+
+    reason: str
+    tail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """Killed at the hard limit."""
+
+    limit: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Never trained: the agent changed these paths, and only train.py may change."""
+
+    paths: tuple[str, ...]
+
+
+Outcome = Finished | Crashed | TimedOut | Rejected
+
+# -----------------------------------------------------------------------------
+# What an agent's call left besides its edit
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One agent call: the idea in a line, the reason in a paragraph, both the agent's own words. None is unknown."""
+
+    description: str
+    reason: str
+    seconds: float
+    error: str = ""
+    cost_usd: float | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What one agent call did to the tree: every path that now differs from the incumbent, and a commit of the
+    incumbent with train.py as it now is. `fresh` says whether that differs from what was there before the call."""
+
+    reply: Reply
+    paths: tuple[str, ...]
+    commit: str
+    fresh: bool
+
+
+# -----------------------------------------------------------------------------
+# One experiment, as git remembers it
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything known of a finished experiment. `message` and `parse_message` make it a commit message and back."""
+
+    tag: str
+    number: int
+    status: Status
+    description: str
+    reason: str
+    finished: str  # UTC, ISO 8601 with microseconds: the order of rows in results.tsv
+    arena: str
+    data: str
+    seed: int
+    agent: str
+    torch: str
+    program: str  # blob of the program.md in force
+    added: int  # lines of train.py
+    removed: int
+    repairs: int
+    agent_seconds: float
+    run_seconds: float  # from the first training process to the last, wall clock
+    crash: str | None = None  # why there is no number
+    val_bpb: float | None = None
+    val_bpb_upstream: float | None = None
+    incumbent: float | None = None
+    memory_gb: float | None = None
+    training_seconds: float | None = None
+    total_seconds: float | None = None
+    tokens_M: float | None = None
+    tokens_per_second: float | None = None
+    steps: int | None = None
+    params_M: float | None = None
+    mfu_percent: float | None = None
+    gpu: str | None = None
+    driver: str | None = None
+    agent_tokens: int | None = None
+    cost_usd: float | None = None
+
+    @property
+    def lines(self) -> int:
+        """Net change to train.py."""
+        return self.added - self.removed
+
+    @property
+    def minutes(self) -> float:
+        return (self.agent_seconds + self.run_seconds) / 60
+
+
+def facts_of(outcome: Outcome) -> dict[str, Any]:
+    """What the record takes from a run: from the harness, never from the agent's words."""
+    match outcome:
+        case Finished(summary, seconds):
+            return {
+                "val_bpb": summary.val_bpb, "val_bpb_upstream": summary.val_bpb_upstream, "run_seconds": seconds,
+                "memory_gb": summary.peak_vram_mb / 1024, "training_seconds": summary.training_seconds,
+                "total_seconds": summary.total_seconds, "tokens_M": summary.total_tokens_M, "steps": summary.num_steps,
+                "tokens_per_second": summary.total_tokens_M * 1e6 / summary.training_seconds,
+                "params_M": summary.num_params_M, "mfu_percent": summary.mfu_percent,
+            }  # fmt: skip
+        case Crashed(_, _, seconds) | TimedOut(_, seconds):
+            return {"crash": reason(outcome), "run_seconds": seconds}
+        case Rejected():
+            return {"crash": reason(outcome), "run_seconds": 0.0}
+
+
+def reason(outcome: Crashed | TimedOut | Rejected) -> str:
+    """Why there is no number, in a line."""
+    match outcome:
+        case Crashed(why):
+            return why
+        case TimedOut(limit):
+            return f"killed at the limit of {limit:g} s"
+        case Rejected(paths):
+            return one_line(f"changed more than train.py: {', '.join(p for p in paths if p != 'train.py')}")
+
+
+# One line for each trailer, in the order they are written: name, field, type, format.
+TRAILERS: tuple[tuple[str, str, type, str], ...] = (
+    ("Experiment", "number", int, "d"),
+    ("Status", "status", str, "s"),
+    ("Val-bpb", "val_bpb", float, ".6f"),
+    ("Val-bpb-upstream", "val_bpb_upstream", float, ".6f"),
+    ("Incumbent", "incumbent", float, ".6f"),
+    ("Crash", "crash", str, "s"),
+    ("Memory-gb", "memory_gb", float, ".1f"),
+    ("Training-seconds", "training_seconds", float, ".1f"),
+    ("Total-seconds", "total_seconds", float, ".1f"),
+    ("Run-seconds", "run_seconds", float, ".1f"),
+    ("Tokens-M", "tokens_M", float, ".3f"),
+    ("Steps", "steps", int, "d"),
+    ("Tokens-per-second", "tokens_per_second", float, ".0f"),
+    ("Mfu-percent", "mfu_percent", float, ".2f"),
+    ("Parameters-M", "params_M", float, ".3f"),
+    ("Lines-added", "added", int, "d"),
+    ("Lines-removed", "removed", int, "d"),
+    ("Repairs", "repairs", int, "d"),
+    ("Agent", "agent", str, "s"),
+    ("Agent-seconds", "agent_seconds", float, ".1f"),
+    ("Agent-tokens", "agent_tokens", int, "d"),
+    ("Cost-usd", "cost_usd", float, ".4f"),
+    ("Seed", "seed", int, "d"),
+    ("Arena", "arena", str, "s"),
+    ("Data", "data", str, "s"),
+    ("Gpu", "gpu", str, "s"),
+    ("Gpu-driver", "driver", str, "s"),
+    ("Torch", "torch", str, "s"),
+    ("Program", "program", str, "s"),
+    ("Tag", "tag", str, "s"),
+    ("Finished", "finished", str, "s"),
+)
+
+
+def message(experiment: Experiment) -> str:
+    """Word the commit message: the idea, the reason wrapped, and the trailers; what is unknown has no trailer."""
+    values = [(name, getattr(experiment, field), form) for name, field, _, form in TRAILERS]
+    trailers = "\n".join(f"{name}: {value:{form}}" for name, value, form in values if value is not None)
+    return "\n\n".join(filter(None, [experiment.description, textwrap.fill(experiment.reason, 100), trailers])) + "\n"
+
+
+def parse_message(text: str) -> Experiment:
+    """Read back what `message` wrote; ValueError for any other commit."""
+    *body, last = text.strip().split("\n\n")
+    found = dict(re.findall(r"^([A-Z][A-Za-z-]*): (.*)$", last, re.MULTILINE))
+    try:
+        values: dict[str, Any] = {field: kind(found[name]) for name, field, kind, _ in TRAILERS if name in found}
+        return Experiment(description=body[0], reason=" ".join(" ".join(body[1:]).split()), **values)
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"not the commit of an experiment: {text[:60]!r}") from error
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Make foreign text safe for a commit subject, a table or a terminal: one bounded line without control characters.
+
+    >>> one_line("a\\tb\\x1b[31m")
+    'a b [31m'
+    """
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+# -----------------------------------------------------------------------------
+# What the display is told
+
+
+@dataclass(frozen=True)
+class Preparing:
+    arena: str
+
+
+@dataclass(frozen=True)
+class Started:
+    tag: str
+    branch: str
+    agent: str
+    arena: Arena
+    machine: Machine
+    recorded: int  # experiments that the history already holds
+    incumbent: float | None
+
+
+@dataclass(frozen=True)
+class Asking:
+    number: int
+    attempt: int  # 0 is the idea, 1 and 2 are its repairs
+
+
+@dataclass(frozen=True)
+class Training:
+    number: int
+    description: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    experiment: Experiment
+    commit: str
+
+
+@dataclass(frozen=True)
+class Stalled:
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Something unfinished was put away; its commit can still be found by its hash."""
+
+    commit: str
+
+
+@dataclass(frozen=True)
+class Stopped:
+    reason: str
+    experiments: int  # of this call
+    best: Experiment | None
+
+
+Event = Preparing | Started | Asking | Training | Settled | Stalled | Dropped | Stopped

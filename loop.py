@@ -1,0 +1,368 @@
+"""
+Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training decide.
+
+    uv run loop.py                      today's run on this machine's GPU, started or resumed
+    uv run loop.py --demo               any machine, no network, no key: five experiments of 15 s each
+    uv run loop.py status               where it stands; works while it runs and after
+
+The whole idea is in this file: `research` asks for experiments, `attempt` makes one, `settle` records it, `decide`
+judges it. Everything that happened is in git; kill this at any instant and start it again, and nothing is lost.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import NoReturn
+
+from autoresearch import checks, prompt, records
+from autoresearch.agents import Agent, ask, find_agent
+from autoresearch.display import Plain, standing
+from autoresearch.git import GitError, Repo
+from autoresearch.ledger import REFS, Ledger, hold, holder
+from autoresearch.process import sweep
+from autoresearch.records import Crashed, Edit, Event, Experiment, Finished, Outcome, Rejected, Reply, Status, UserError
+from autoresearch.trial import check_syntax, find_machine, prepare_arena, run_training
+
+ROOT = Path(__file__).resolve().parent
+TIE = 0.0002  # val_bpb that a run repeats itself to
+REPAIRS = 2  # of one idea that crashed
+STALLS = 5  # agent calls in a row that changed nothing, before it is a person's matter
+EDITABLE = "train.py"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Everything an experiment needs: where, with what, by whose hand, under which limits."""
+
+    checkout: Repo  # the user's; read, never written
+    ledger: Ledger
+    runs: Path  # runs/<tag>
+    arena: records.Arena
+    machine: records.Machine
+    agent: Agent
+    seed: int
+    train_limit: float
+    agent_limit: float
+    show: Callable[[Event], None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def research(lab: Lab, spent: Callable[[int], str | None]) -> str:
+    """Run experiments until a budget is spent, and return which. The baseline comes first and is not counted."""
+    if not lab.ledger.history:
+        baseline(lab)
+    done = stalls = 0
+    while (budget := spent(done)) is None:
+        settled = attempt(lab)
+        done, stalls = (done + 1, 0) if settled else (done, stalls + 1)
+        if stalls == STALLS:
+            raise UserError(f"the agent {lab.agent.name!r} changed nothing {STALLS} times in a row; see {lab.runs}")
+    return budget
+
+
+def baseline(lab: Lab) -> None:
+    """Train what the user committed, as an empty commit: the first incumbent."""
+    with experiment(lab, 0) as (tree, base, folder):
+        commit = tree.commit("baseline\n", base)
+        outcome = train(lab, tree, commit, folder, "baseline")
+        if not isinstance(outcome, Finished):
+            raise UserError(
+                f"no baseline, train.py does not run as it is: {records.reason(outcome)}; see {folder / 'run.log'}"
+            )
+        settle(lab, tree, base, commit, outcome, [Reply("baseline", "", 0.0)], repairs=0)
+
+
+def attempt(lab: Lab) -> bool:
+    """One experiment: an idea, its run, at most two repairs, the verdict. False when the agent changed nothing."""
+    number = lab.ledger.next_number
+    with experiment(lab, number) as (tree, base, folder):
+        lab.show(records.Asking(number, 0))
+        history = [recorded for _, recorded in lab.ledger.history]
+        edit = propose(lab, tree, base, base, folder, prompt.brief(program(lab), lab.arena, history), 0)
+        if not edit.fresh:
+            lab.show(records.Stalled(number, edit.reply.error or f"train.py is as it was: {edit.reply.description}"))
+            return False
+        replies, idea, repairs = [edit.reply], subject(edit.reply), 0
+        outcome = run(lab, tree, edit, folder, idea)
+        while isinstance(outcome, Crashed) and repairs < REPAIRS:
+            lab.show(records.Asking(number, repairs + 1))
+            request = prompt.repair(program(lab), idea, outcome)
+            mend = propose(lab, tree, base, edit.commit, folder, request, repairs + 1)
+            replies.append(mend.reply)
+            if not mend.fresh:
+                break
+            edit, repairs = mend, repairs + 1
+            outcome = run(lab, tree, edit, folder, idea)
+        settle(lab, tree, base, edit.commit, outcome, replies, repairs)
+    return True
+
+
+@contextmanager
+def experiment(lab: Lab, number: int) -> Iterator[tuple[Repo, str, Path]]:
+    """The clean worktree on the incumbent, the incumbent, and a folder for what the experiment leaves.
+
+    Afterwards, come what may, the tree stands on the incumbent again: the new one, if the experiment was kept. The
+    marker tells the next start that a tip it does not know was ours.
+    """
+    folder, marker = lab.runs / f"{number:04d}", lab.runs / "in-flight"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
+    tree, base = stand(lab.checkout, lab.ledger, lab.runs)
+    try:
+        yield tree, base, folder
+    finally:
+        stand(lab.checkout, lab.ledger, lab.runs)
+        marker.unlink()
+
+
+def stand(checkout: Repo, ledger: Ledger, runs: Path) -> tuple[Repo, str]:
+    """Put branch and worktree on the incumbent; before there is one, on the user's last commit."""
+    base = ledger.incumbent[0] if ledger.incumbent else checkout.resolve("HEAD")
+    assert base
+    tree = checkout.worktree(runs / "tree", ledger.branch, base)
+    tree.reset(ledger.branch, base)
+    return tree, base
+
+
+def propose(lab: Lab, tree: Repo, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:
+    """Call the agent once and see what it did to the tree since `base`, and to train.py since `before`."""
+    facts = {"TAG": lab.ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.seed)}
+    env = {f"AUTORESEARCH_{name}": value for name, value in facts.items()}
+    reply = ask(
+        lab.agent, request, tree=tree.tree, folder=folder, turn=turn, facts=env, limit=lab.agent_limit, mark=lab.runs
+    )
+    tree = lab.checkout.worktree(lab.runs / "tree", lab.ledger.branch, base)  # mended, if the agent broke it
+    paths = tuple(tree.changed(lab.ledger.branch, base))
+    commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,))
+    fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or bool(set(paths) - {EDITABLE})
+    return Edit(reply, paths, commit, fresh)
+
+
+def run(lab: Lab, tree: Repo, edit: Edit, folder: Path, idea: str) -> Outcome:
+    """Train an edit, unless it touched more than train.py."""
+    if foreign := tuple(path for path in edit.paths if path != EDITABLE):
+        return Rejected(foreign)
+    return train(lab, tree, edit.commit, folder, idea)
+
+
+def train(lab: Lab, tree: Repo, commit: str, folder: Path, idea: str) -> Outcome:
+    """Train a commit in a tree that holds nothing else."""
+    tree.reset(lab.ledger.branch, commit)
+    if broken := check_syntax(tree.tree / EDITABLE):
+        return broken
+    lab.show(records.Training(int(folder.name), idea))
+    log = folder / "run.log"
+    return run_training(tree.tree, lab.arena, seed=lab.seed, limit=lab.train_limit, log=log, mark=lab.runs)
+
+
+def settle(lab: Lab, tree: Repo, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int) -> None:
+    """Judge an experiment and record it for ever."""
+    ledger, before, best = lab.ledger, lab.ledger.incumbent, lab.ledger.best
+    incumbent = before[1].val_bpb if before else None
+    added, removed = tree.lines_changed(base, commit, EDITABLE)
+    verdict = decide(outcome, added - removed, incumbent, best.val_bpb if best else None)
+    recorded = Experiment(
+        tag=ledger.tag, number=ledger.next_number, status=verdict, description=subject(replies[0]),
+        reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name, data=lab.arena.data, seed=lab.seed,
+        agent=lab.agent.name, torch=lab.machine.torch, gpu=lab.machine.gpu or None, driver=lab.machine.driver or None,
+        program=lab.checkout.store(lab.checkout.tree / "program.md"), added=added, removed=removed, repairs=repairs,
+        agent_seconds=sum(reply.seconds for reply in replies), incumbent=incumbent, **records.facts_of(outcome),
+    )  # fmt: skip
+    lab.show(records.Settled(recorded, ledger.record(recorded, base, commit)))
+
+
+def decide(outcome: Outcome, lines: int, incumbent: float | None, best_ever: float | None) -> Status:
+    """Judge an experiment by its number alone. `lines` is the net change to train.py.
+
+    Better than the incumbent by more than a tie is kept. A tie is kept only where it removes lines, and never more
+    than a tie above the best ever kept, so that a row of ties cannot drift upwards. Without an incumbent: kept.
+    """
+    if not isinstance(outcome, Finished):
+        return "crash"
+    if incumbent is None or best_ever is None:
+        return "keep"
+    gain = round(incumbent - outcome.summary.val_bpb, 6)
+    if gain > TIE:
+        return "keep"
+    above_best = round(outcome.summary.val_bpb - best_ever, 6)
+    return "keep" if gain >= -TIE and lines < 0 and above_best <= TIE else "discard"
+
+
+def subject(reply: Reply) -> str:
+    return records.one_line(reply.description, 120) or "an edit that was not described"
+
+
+def program(lab: Lab) -> str:
+    """program.md as the user has it now: read afresh for every call."""
+    return (lab.checkout.tree / "program.md").read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starting, and starting again
+
+
+def reconcile(checkout: Repo, ledger: Ledger, runs: Path, show: Callable[[Event], None]) -> None:
+    """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
+    sweep(runs)
+    checkout.unlock(f"refs/heads/{ledger.branch}", f"{REFS}/{ledger.tag}/*")
+    tip, marker = checkout.resolve(f"refs/heads/{ledger.branch}"), runs / "in-flight"
+    base = ledger.incumbent[0] if ledger.incumbent else None
+    if tip and tip != base and (base or not checkout.contains("HEAD", tip)):
+        if not marker.exists():
+            raise UserError(
+                f"the branch {ledger.branch} has commits that are no experiments: keep them with "
+                f"`git branch mine {tip[:10]}`, then `git update-ref -d refs/heads/{ledger.branch}`"
+            )
+        show(records.Dropped(tip))
+    stand(checkout, ledger, runs)
+    marker.unlink(missing_ok=True)
+    ledger.rebuild()
+
+
+def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
+    """Start or resume a run and stay with it until a budget is spent; returns the exit code."""
+    agent, checkout = find_agent(options.agent), checks.open_checkout(ROOT)
+    checks.check_tag(checkout, options.tag)
+    runs, ledger = ROOT / "runs" / options.tag, Ledger(checkout, options.tag)
+    seed = whole(os.environ.get("AUTORESEARCH_SEED", "42"))
+    if options.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
+    if not ledger.history:
+        checks.check_committed(checkout)
+    with hold(runs / "lock"):
+        reconcile(checkout, ledger, runs, show)
+        show(records.Preparing(options.arena))
+        arena = prepare_arena(runs / "tree", options.arena)
+        checks.check_arena(ledger, arena)
+        limit = options.train_timeout or max(120.0, 2 * arena.budget)
+        if limit <= arena.budget:
+            raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
+        machine = find_machine(arena.name)
+        lab = Lab(checkout, ledger, runs, arena, machine, agent, seed, limit, options.agent_timeout, show)
+        before = len(ledger.history)
+        best = ledger.best.val_bpb if ledger.best else None
+        show(records.Started(options.tag, ledger.branch, agent.name, arena, machine, before, best))
+        code, began = 0, time.monotonic()
+        try:
+            ended = research(lab, lambda done: spent(options, done, time.monotonic() - began))
+        except KeyboardInterrupt:
+            code, ended = 130, "interrupted"
+        show(records.Stopped(ended, len(ledger.history) - before, ledger.best))
+    return code
+
+
+def spent(options: argparse.Namespace, done: int, seconds: float) -> str | None:
+    """Which budget is used up, if any; asked before each experiment."""
+    if options.experiments is not None and done >= options.experiments:
+        return f"{options.experiments} experiments done"
+    if options.hours is not None and seconds >= options.hours * 3600:
+        return f"{options.hours:g} hours are over"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print where a run stands, from what git holds."""
+    checkout = checks.open_checkout(ROOT)
+    ledger = Ledger(checkout, options.tag)
+    if not ledger.history:
+        raise UserError(f"no experiments under the tag {options.tag}; `git for-each-ref {REFS}` lists what there is")
+    print(standing(ledger.history, holder(ROOT / "runs" / options.tag / "lock")))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=(__doc__ or "").strip().splitlines()[0])
+    today = date.today()
+    add = parser.add_argument
+    add("command", nargs="?", choices=["run", "status"], default="run", help="what to do (default: run)")
+    add("--tag", help=f"name of the run and its branch (default: {today:%b}{today.day}, in lower case)")
+    add("--agent", help="random, or any shell command: prompt on standard input, idea on its last line of output")
+    add("--arena", help="what to train on: python or demo (default: python)")
+    add("--gpu", metavar="N", type=whole, help="which GPU (default: the first)")
+    add("--experiments", metavar="N", type=whole, help="stop after so many, the baseline not counted")
+    add("--hours", metavar="H", type=positive, help="start no experiment after so many hours")
+    add(
+        "--train-timeout",
+        metavar="S",
+        type=positive,
+        help="hard limit of a run (default: twice the budget, at least 120)",
+    )
+    add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
+    add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine, no network")
+    options = parser.parse_args(argv)
+    demo = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
+    usual = {"tag": f"{today:%b}{today.day}".lower(), "arena": "python"}
+    for name, value in (demo if options.demo else usual).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.command == "run" and options.agent is None:
+        parser.error("--agent is missing: 'random', or a command such as 'claude -p'")
+    if options.train_timeout is not None and options.train_timeout < 120:
+        parser.error("--train-timeout must be at least 120 s")
+    return options
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help tells more", 2)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def interrupt(signum: int, frame: object) -> NoReturn:
+    """Leave by the same door as Ctrl-C: training stopped, tree put back."""
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+    try:
+        options = parse(argv)
+        return status(options) if options.command == "status" else start(options, Plain())
+    except UserError as error:
+        if str(error):
+            print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (GitError, OSError, argparse.ArgumentTypeError) as error:
+        print(f"error: {records.one_line(str(error), 500)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

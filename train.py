@@ -227,7 +227,7 @@ def orthogonalize(matrices):
     return x.mT if tall else x
 
 
-def muon_update(weights, grads, momenta, momentum, lr, decay):
+def muon_update(weights, grads, momenta, lr, momentum, decay):
     """Step a stack (N, rows, columns) in place. The scalars are 0-D tensors, so that one compiled graph serves all."""
     momenta.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momenta, momentum)).to(weights.dtype)
@@ -236,49 +236,66 @@ def muon_update(weights, grads, momenta, momentum, lr, decay):
     weights.sub_(lr * (update + decay * weights * cautious))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Keller Jordan, Muon). One group for each shape, stepped as one stack."""
+def adamw_update(weight, grad, mean, square, lr, step):
+    """Step one tensor in place (arXiv 1711.05101, without decay)."""
+    mean.lerp_(grad, 1 - ADAM_BETA1)
+    square.lerp_(grad.square(), 1 - ADAM_BETA2)
+    spread = (square / (1 - ADAM_BETA2**step)).sqrt()
+    weight.sub_(lr * mean / (1 - ADAM_BETA1**step) / (spread + 1e-10))
 
-    def __init__(self, matrices):
-        shapes = sorted({p.shape for p in matrices})
-        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": MATRIX_LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY})
+
+class Muon:
+    """Momentum, orthogonalized (Keller Jordan, Muon): matrices of one shape, stepped as one stack."""
+
+    def __init__(self, matrices, lr):
+        self.matrices, self.lr, self.start_lr = matrices, lr, lr
+        self.momentum, self.decay = MOMENTUM, WEIGHT_DECAY
+        self.momenta = torch.zeros((len(matrices), *matrices[0].shape), device=DEVICE)
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            weights = torch.stack(group["params"])
-            grads = torch.stack([p.grad for p in group["params"]])
-            momenta = group.setdefault("momenta", torch.zeros_like(grads))
-            scalars = (torch.tensor(group[name]) for name in ("momentum", "lr", "weight_decay"))
-            compiled(muon_update)(weights, grads, momenta, *scalars)
-            torch._foreach_copy_(group["params"], list(weights.unbind()))
+        weights, grads = torch.stack(self.matrices), torch.stack([p.grad for p in self.matrices])
+        scalars = (torch.tensor(scalar) for scalar in (self.lr, self.momentum, self.decay))
+        compiled(muon_update)(weights, grads, self.momenta, *scalars)
+        torch._foreach_copy_(self.matrices, list(weights.unbind()))
+
+
+class AdamW:
+    """Tensors that share a rate."""
+
+    def __init__(self, tensors, lr):
+        self.tensors, self.lr, self.start_lr, self.steps = tensors, lr, lr, 0
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in tensors]
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        scalars = torch.tensor(self.lr), torch.tensor(float(self.steps))
+        for p, (mean, square) in zip(self.tensors, self.moments, strict=True):
+            compiled(adamw_update)(p, p.grad, mean, square, *scalars)
 
 
 def make_optimizers(model):
+    """One optimizer for each group of parameters that share a rate and a way to be stepped."""
     scale = (WIDTH / 768) ** -0.5       # upstream tuned its rates at width 768
-    groups = [
-        {"params": [model.embed.weight, *(t.weight for t in model.value_embeds.values())], "lr": EMBEDDING_LR * scale},
-        {"params": [model.head.weight], "lr": HEAD_LR * scale},
-        {"params": [model.residual], "lr": SCALAR_LR * 0.01},
-        {"params": [model.skip], "lr": SCALAR_LR},
+    matrices = [p for module in (*model.attentions, *model.mlps) for p in module.parameters()]
+    return [
+        AdamW([model.embed.weight, *(table.weight for table in model.value_embeds.values())], EMBEDDING_LR * scale),
+        AdamW([model.head.weight], HEAD_LR * scale),
+        AdamW([model.residual], SCALAR_LR * 0.01),
+        AdamW([model.skip], SCALAR_LR),
+        *(Muon([p for p in matrices if p.shape == shape], MATRIX_LR) for shape in sorted({p.shape for p in matrices})),
     ]
-    adamw = torch.optim.AdamW(groups, betas=(ADAM_BETA1, ADAM_BETA2), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon([p for module in (*model.attentions, *model.mlps) for p in module.parameters()])
-    for optimizer in (adamw, muon):
-        for group in optimizer.param_groups:
-            group["start_lr"] = group["lr"]
-    return adamw, muon
 
 
-def schedule(adamw, muon, step, progress):
+def schedule(optimizers, step, progress):
     """Set what changes in the course of the budget."""
     falling = min(1.0, (1 - progress) / WARMDOWN)
-    for group in (*adamw.param_groups, *muon.param_groups):
-        group["lr"] = group["start_lr"] * (falling + (1 - falling) * FINAL_LR)
-    for group in muon.param_groups:
-        group["momentum"] = 0.85 + (MOMENTUM - 0.85) * min(step / MOMENTUM_STEPS, 1.0)
-        group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+    for optimizer in optimizers:
+        optimizer.lr = optimizer.start_lr * (falling + (1 - falling) * FINAL_LR)
+        if isinstance(optimizer, Muon):
+            optimizer.momentum = 0.85 + (MOMENTUM - 0.85) * min(step / MOMENTUM_STEPS, 1.0)
+            optimizer.decay = WEIGHT_DECAY * (1 - progress)
 
 
 # -----------------------------------------------------------------------------
@@ -306,7 +323,7 @@ def train_step(model, optimizers, x, y):
         total = total + loss.detach()
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return total
 
 
@@ -329,7 +346,7 @@ def main():
     model = GPT().to(DEVICE)
     network = compiled(model)
     warm_up(model, network, rows)
-    adamw, muon = make_optimizers(model)
+    optimizers = make_optimizers(model)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{DEVICE}: {DEPTH} layers x {WIDTH}, batch {BATCH} tokens, {parameters:,} parameters", flush=True)
     gc.collect()
@@ -339,8 +356,8 @@ def main():
     loader = TrainLoader(rows, DEVICE)
     losses = []
     for step, (x, y) in enumerate(loader):
-        schedule(adamw, muon, step, loader.progress)
-        losses.append(train_step(network, (adamw, muon), x, y).to("cpu", non_blocking=True))
+        schedule(optimizers, step, loader.progress)
+        losses.append(train_step(network, optimizers, x, y).to("cpu", non_blocking=True))
         if step < 2:
             continue
         loss = losses[-3].item()    # has arrived: the loader lets the CPU run at most two batches ahead

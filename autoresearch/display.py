@@ -55,7 +55,7 @@ def text(event: Event) -> str:
             return f"put away what was unfinished: {commit[:10]}"
         case Stopped(reason, experiments, best):
             score = f"; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}" if best else ""
-            return f"{reason} after {experiments} experiments{score}"
+            return f"stopped, {reason}; experiments run: {experiments}{score}"
 
 
 def outcome(e: Experiment) -> str:
@@ -69,18 +69,16 @@ def outcome(e: Experiment) -> str:
 def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:
     """Where a run stands, in a few lines: counts, gain, rate, the kept ones, the last ten."""
     experiments = [experiment for _, experiment in history]
-    kept = [e for e in experiments if e.status == "keep"]
-    first, best = experiments[0], min(kept, key=lambda e: e.val_bpb or 0.0)
-    count = {status: sum(e.status == status for e in experiments[1:]) for status in ("keep", "discard", "crash")}
+    first, best = experiments[0], min((e for e in experiments if e.val_bpb), key=lambda e: e.val_bpb or 0.0)
+    kept, discarded, crashed = (sum(e.status == s for e in experiments[1:]) for s in ("keep", "discard", "crash"))
     hours = sum(e.minutes for e in experiments) / 60
-    gain = (first.val_bpb or 0.0) - (best.val_bpb or 0.0)
+    state = f"running, {holder}" if holder else "not running"
     return "\n".join(
         [
-            f"{first.tag}: {'running, ' + holder if holder else 'not running'}; arena {first.arena}, branch autoresearch/{first.tag}",
-            f"baseline {first.val_bpb:.6f}, best {best.val_bpb:.6f} ({-gain:+.6f}, experiment {best.number}: {best.description})",
-            f"{len(experiments) - 1} experiments in {hours:.1f} h: {count['keep']} kept, {count['discard']} discarded, {count['crash']} crashed",
+            f"{first.tag}: {state}; arena {first.arena}, branch autoresearch/{first.tag}",
+            f"{len(experiments) - 1} experiments, {hours:.1f} h: {kept} kept, {discarded} discarded, {crashed} crashed",
+            f"baseline {first.val_bpb:.6f}; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}",
             "",
-            "the last ten:",
             *(outcome(e) for e in experiments[-10:]),
         ]
     )

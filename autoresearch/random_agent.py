@@ -116,7 +116,8 @@ def replace(line: str, number: ast.expr, text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    return re.sub(r"\s+", " ", text)
+    """A value as it reads in a line: of a call, the first number stands for all."""
+    return re.sub(r",.*\)$", ", …)", " ".join(text.split()))
 
 
 def tried_before(tag: str) -> set[str]:

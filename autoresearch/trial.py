@@ -118,8 +118,7 @@ def find_machine(arena: str) -> Machine:
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        raise UserError(
-            f"no NVIDIA GPU found (nvidia-smi --id={gpu}), and the arena {arena!r} needs one: here, try --demo"
-        ) from None
+        missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
+        raise UserError(f"{missing}, and the arena {arena!r} needs one: here, try --demo") from None
     name, _, driver = found.rpartition(", ")
     return Machine(name, driver, version("torch"))

@@ -78,9 +78,8 @@ def baseline(lab: Lab) -> None:
         commit = tree.commit("baseline\n", base)
         outcome = train(lab, tree, commit, folder, "baseline")
         if not isinstance(outcome, Finished):
-            raise UserError(
-                f"no baseline, train.py does not run as it is: {records.reason(outcome)}; see {folder / 'run.log'}"
-            )
+            why, log = records.reason(outcome), folder / "run.log"
+            raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
         settle(lab, tree, base, commit, outcome, [Reply("baseline", "", 0.0)], repairs=0)
 
 

@@ -1,7 +1,8 @@
 """The coding agents: what each is called by, and how one is asked. What it changed is for git to say."""
 
 import os
-import shutil
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,17 @@ def find_agent(text: str) -> Agent:
     """A built-in agent by its name, else any shell command; UserError when its first word is no command."""
     if text in BUILT_IN:
         return BUILT_IN[text]
-    word = next((word for word in text.split() if "=" not in word), "")
-    if not word or not (shutil.which(word) or word.startswith(("(", "{", "./", "~", "$", "'", '"'))):
+    plain = re.match(r"\s*(?:\w+=\S*\s+)*([\w./+-]+)", text)  # the first word, unless it is more shell than word
+    if not text.strip() or (plain and not is_command(plain[1])):
         names = ", ".join(sorted(BUILT_IN))
-        raise UserError(f"unknown agent {text!r}: give one of {names}, or a command that is installed", 2)
+        raise UserError(f"unknown agent {one_line(text, 80)!r}: give {names}, or a command that is installed", 2)
     return Agent(one_line(text, 80), ("/bin/sh", "-c", text))
+
+
+def is_command(word: str) -> bool:
+    """Whether the shell knows the word: a program, a builtin or one of its keywords."""
+    known = subprocess.run(["/bin/sh", "-c", 'command -v -- "$0"', word], capture_output=True, cwd=ROOT, check=False)
+    return known.returncode == 0
 
 
 def ask(

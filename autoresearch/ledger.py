@@ -69,7 +69,8 @@ class Ledger:
             found = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
             if found == table:
                 return
-            if set(found.splitlines()[:-1]) - set(table.splitlines()):  # the last may be torn
+            whole = found[: found.rfind("\n") + 1]  # a torn last line is ours
+            if set(whole.splitlines()) - set(table.splitlines()):
                 aside = self.table.with_name(f"results.tsv.{datetime.now(UTC):%Y%m%d-%H%M%S}.bak")
                 aside.write_text(found, encoding="utf-8")
             fresh = self.table.with_name("results.tsv.new")

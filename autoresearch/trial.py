@@ -100,7 +100,8 @@ def prepare_arena(tree: Path, name: str) -> Arena:
     """Have prepare.py make an arena ready and take the facts from its last line. It talks to the terminal itself,
     so that a UserError for what it refused has nothing to add."""
     command = [sys.executable, "prepare.py", "--arena", name]
-    done = subprocess.run(command, cwd=tree, env=environment(name), stdout=subprocess.PIPE, text=True, check=False)
+    env = {variable: value for variable, value in os.environ.items() if variable != "AUTORESEARCH_ARENA"}
+    done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise UserError("", done.returncode)
     last = done.stdout.strip().rpartition("\n")[2]

@@ -1,0 +1,155 @@
+"""A project to experiment in: the real driver, a real git repository, an arena and a train.py of milliseconds."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Stands in for the arena where the arena is beside the point: it answers the driver as prepare.py does.
+QUICK_PREPARE = """\
+import json, sys
+print("ready:", json.dumps({"name": sys.argv[2], "budget": 1.0, "data": "d0", "folder": "."}))
+"""
+
+# Stands in for training where training is beside the point: it scores what its constant says.
+QUICK_TRAIN = """\
+VAL_BPB = 1.0     # [0.5, 2.0] the score
+EXTRA = 0
+EXTRA = 0
+
+print("---")
+print(f"val_bpb:          {VAL_BPB:.6f}")
+print(f"val_bpb_upstream: {VAL_BPB:.6f}")
+print("training_seconds: 1.0")
+print("total_seconds:    1.2")
+print("peak_vram_mb:     512.0")
+print("mfu_percent:      n/a")
+print("total_tokens_M:   0.500")
+print("num_steps:        10")
+print("num_params_M:     0.100")
+print("depth:            2")
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    root: Path
+    env: dict[str, str]
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "loop.py", *args]
+
+    def loop(self, *args: str, code: int = 0) -> str:
+        """Run loop.py to its end and return what it printed; the exit code must be the expected one."""
+        done = subprocess.run(
+            self.command(*args), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def research(self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t") -> str:
+        """Run some experiments with a shell command for an agent."""
+        return self.loop(
+            "--tag", tag, "--arena", "demo", "--agent", agent, "--experiments", str(experiments), code=code
+        )
+
+    def start(self, agent: str, experiments: int = 1) -> subprocess.Popen[bytes]:
+        """Start a driver to be killed."""
+        command = self.command("--tag", "t", "--arena", "demo", "--agent", agent, "--experiments", str(experiments))
+        return subprocess.Popen(command, cwd=self.root, env=self.env, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def git(self, *args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=self.root, env=self.env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+
+    def rows(self) -> list[dict[str, str]]:
+        header, *lines = (self.root / "results.tsv").read_text().splitlines()
+        return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+    def check(self, tag: str = "t") -> None:
+        """What holds after any run, killed or not: refs, rows, branch, tree and processes agree."""
+        refs = dict(
+            line.split()
+            for line in self.git(
+                "for-each-ref", "--format=%(refname) %(objectname)", f"refs/autoresearch/{tag}"
+            ).splitlines()
+        )
+        rows = [row for row in self.rows() if row["tag"] == tag]
+        assert [f"refs/autoresearch/{tag}/{int(row['experiment']):04d}" for row in rows] == sorted(refs)
+        assert [row["commit"] for row in rows] == [refs[name][:10] for name in sorted(refs)]
+        kept = [row["commit"] for row in rows if row["status"] == "keep"]
+        log = self.git(
+            "log", "--first-parent", "--format=%H", f"--max-count={len(kept)}", f"autoresearch/{tag}"
+        ).splitlines()
+        assert [commit[:10] for commit in log] == kept[::-1]
+        tree = self.root / "runs" / tag / "tree"
+        assert self.git("-C", str(tree), "status", "--porcelain", "--ignored", "--untracked-files=all") == ""
+        assert self.git("-C", str(tree), "rev-parse", "--abbrev-ref", "HEAD") == f"autoresearch/{tag}"
+        assert not (self.root / "runs" / tag / "in-flight").exists()
+        assert self.processes(tag) == []
+
+    def processes(self, tag: str = "t") -> list[str]:
+        """Command lines of what the driver's children left running."""
+        mark = f"AUTORESEARCH_RUN={self.root / 'runs' / tag}".encode()
+        left = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    left.append((process / "cmdline").read_text())
+            except OSError:
+                continue
+        return left
+
+
+def copy_project(folder: Path) -> None:
+    for name in ("loop.py", "train.py", "prepare.py", "program.md", ".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "autoresearch", folder / "autoresearch", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """No identity, no configuration, no keys of whoever runs the tests."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    return {**kept, "HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "PYTHONDONTWRITEBYTECODE": "1", "TZ": "UTC"}
+
+
+def commit_all(project: Project) -> Project:
+    who = ("-c", "user.name=A Person", "-c", "user.email=person@example.org")
+    project.git("init", "--quiet", "--initial-branch=main")
+    project.git("add", "--all")
+    project.git(*who, "commit", "--quiet", "--message=start")
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """The driver as it is, with an arena and a train.py that take no time."""
+    root, home = tmp_path / "project", tmp_path / "home"
+    root.mkdir()
+    home.mkdir()
+    copy_project(root)
+    (root / "prepare.py").write_text(QUICK_PREPARE)
+    (root / "train.py").write_text(QUICK_TRAIN)
+    return commit_all(Project(root.resolve(), clean_environment(home)))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the demo arena, made by prepare.py as a user would."""
+    folder = tmp_path_factory.mktemp("cache")
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(folder)}
+    command = [sys.executable, str(ROOT / "prepare.py"), "--arena", "demo"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,106 @@
+"""The driver killed with SIGKILL at every stage, then started again: nothing is lost, nothing is left."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import QUICK_TRAIN, Project
+
+BETTER = 'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = 0.$((1000 - ${AUTORESEARCH_EXPERIMENT#000}))/" train.py; echo $AUTORESEARCH_EXPERIMENT'
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def kill_when(project: Project, agent: str, ready: Path, signum: int = signal.SIGKILL) -> int:
+    """Start a driver, signal it alone once a file exists, and return its exit code."""
+    driver = project.start(agent)
+    wait_for(ready.exists)
+    os.kill(driver.pid, signum)
+    return driver.wait(timeout=30)
+
+
+@pytest.mark.parametrize("stage", ["agent", "training"])
+def test_killed_in_the_middle(project: Project, tmp_path: Path, stage: str) -> None:
+    """The half-done experiment leaves a process, an edit and a commit behind; the next start clears all three."""
+    project.research(BETTER, experiments=1)
+    before = project.rows()
+    ready = tmp_path / "ready"
+    commit = "git -c user.name=a -c user.email=a@b commit -qam mine"
+    nap = f"import os, time; open({str(ready)!r}, 'w'); os.fork() or os.setsid(); time.sleep(1000)"
+    agents = {
+        "agent": f"echo '# half' >> train.py; {commit}; touch {ready}; setsid sleep 1000 & sleep 1000",
+        "training": f'sed -i "1i {nap}" train.py; echo sleepy',
+    }
+    assert kill_when(project, agents[stage], ready) == -signal.SIGKILL
+    assert project.processes() != []
+    tip = project.git("rev-parse", "autoresearch/t")
+    said = project.research(BETTER, experiments=1)
+    assert f"put away what was unfinished: {tip[:10]}" in said
+    assert project.rows()[:2] == before
+    assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep"]
+    project.check()
+
+
+def test_killed_in_the_baseline(project: Project, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    nap = f"import os, time\nif not os.path.exists({str(ready)!r}):\n    open({str(ready)!r}, 'w'); time.sleep(1000)\n"
+    project.write("train.py", nap + QUICK_TRAIN)
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "a nap the first time")
+    assert kill_when(project, BETTER, ready) == -signal.SIGKILL
+    project.research(BETTER)
+    assert [row["description"] for row in project.rows()] == ["baseline", "0001"]
+    project.check()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_asked_to_stop(project: Project, tmp_path: Path, signum: int) -> None:
+    """Training is stopped, the tree put back, the exit code says interrupted; nothing needs mending."""
+    ready = tmp_path / "ready"
+    agent = f"""sed -i "1i import time; open('{ready}', 'w'); time.sleep(1000)" train.py; echo sleepy"""
+    assert kill_when(project, agent, ready, signum) == 130
+    assert [row["status"] for row in project.rows()] == ["keep"]
+    project.check()
+    project.research(BETTER)
+    project.check()
+
+
+def test_killed_at_random(project: Project) -> None:
+    """Fifteen kills at random instants of a run; then its history is what an undisturbed run would have."""
+    rng = random.Random(0)
+    for _ in range(15):
+        driver = project.start(BETTER, experiments=9)
+        time.sleep(rng.uniform(0.2, 1.2))
+        driver.kill()
+        driver.wait()
+        lines = project.root / "results.tsv"
+        if lines.exists() and len(lines.read_text().splitlines()) > 8:
+            break
+    project.research(BETTER, experiments=1)
+    rows = project.rows()
+    assert [row["experiment"] for row in rows] == [str(i) for i in range(len(rows))]
+    assert [row["description"] for row in rows[1:]] == [f"{i:04d}" for i in range(1, len(rows))]
+    assert len(rows) > 3
+    project.check()
+
+
+def test_a_second_driver_is_told_who_holds_the_tag(project: Project, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    driver = project.start(f"touch {ready}; sleep 1000")
+    try:
+        wait_for(ready.exists)
+        said = project.research(BETTER, code=1)
+        assert f"process {driver.pid} " in said and "already running t" in said
+        assert f"running, process {driver.pid}" in project.loop("status", "--tag=t")
+    finally:
+        driver.terminate()
+        assert driver.wait(timeout=30) == 130
+    project.check()

@@ -443,6 +443,7 @@ def training_documents(arena: Arena) -> Iterator[np.ndarray]:
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 PROBE_BATCHES = 2
+AGAIN = "scoring a batch again gives another answer"
 # How far a log-probability may move under a probe: nothing but rounding. On a GPU, bfloat16 rounds coarsely.
 TOLERANCE = {"cpu": 1e-3, "cuda": 0.25}
 
@@ -472,7 +473,7 @@ def evaluate(model: Logits, rows: np.ndarray, device: torch.device) -> tuple[flo
         nats += losses[exact[y] > 0].double().sum()
         counts += torch.stack([exact[y].sum(), upstream[y].sum()])
     x, y, losses = first
-    expect_same(score(model, x, y), losses, "scoring a batch again gives another answer")
+    expect_same(score(model, x, y), losses, AGAIN)
     bits, (exact_bytes, upstream_bytes) = nats.item() / math.log(2), counts.tolist()
     if not math.isfinite(bits):
         fail("the validation loss is not finite")
@@ -489,18 +490,19 @@ def score(model: Logits, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def probe(model: Logits, x: torch.Tensor, y: torch.Tensor, losses: torch.Tensor) -> None:
-    """Change what a prediction must not see, and expect it to stay."""
+    """Change what a prediction must not see, and expect it to stay: nothing, then other rows, then later tokens."""
+    expect_same(score(model, x, y), losses, AGAIN)
     rng = torch.Generator().manual_seed(int(x.sum()))
     noise = torch.randint(ARENA.bos, x.shape, generator=rng).to(x)
-    cuts = torch.randint(x.shape[1], (len(x), 1), generator=rng).to(x)
-    later = torch.arange(x.shape[1], device=x.device) > cuts
-    changed = score(model, torch.where(later, noise, x), y)
-    expect_same(changed[~later], losses[~later], "the model is not causal: later tokens change earlier predictions")
     others = torch.rand((len(x), 1), generator=rng).to(x.device) < 0.5
     others[0], others[-1] = True, False
     mine = ~others.expand_as(x)
     changed = score(model, torch.where(others, noise, x), y)
     expect_same(changed[mine], losses[mine], "the rows are not independent: other rows change a row's predictions")
+    cuts = torch.randint(x.shape[1], (len(x), 1), generator=rng).to(x)
+    later = torch.arange(x.shape[1], device=x.device) > cuts
+    changed = score(model, torch.where(later, noise, x), y)
+    expect_same(changed[~later], losses[~later], "the model is not causal: later tokens change earlier predictions")
 
 
 def expect_same(now: torch.Tensor, before: torch.Tensor, reason: str) -> None:

@@ -23,25 +23,25 @@ TRIES = 200
 
 @dataclass(frozen=True)
 class Constant:
-    """One assignment `NAME = value  # [low, high] ...`; the value may be a call with a number for each machine."""
+    """One line `NAME = value  # [low, high] ...`; the value may be a call with a number for each machine."""
 
     name: str
-    value: ast.expr
+    line: int
+    numbers: tuple[ast.expr, ...]
     low: float
     high: float
 
 
 def find_constants(source: str) -> list[Constant]:
     """The constants of a program that declare a range, in order."""
-    found = []
+    found, lines = [], source.splitlines()
     for node in ast.parse(source).body:
         match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value, end_lineno=int(line)):
-                comment = source.splitlines()[line - 1].encode()[value.end_col_offset or 0 :].decode()
-                bounds = re.match(r"\s*#\s*\[\s*([^,\]]+),\s*([^\]]+)\]", comment)
-                if bounds and name.isupper():
-                    low, high = (float(ast.literal_eval(power(b))) for b in bounds.groups())
-                    found.append(Constant(name, value, low, high))
+            case ast.Assign(targets=[ast.Name(id=name)], value=value, end_lineno=int(number)) if name.isupper():
+                bounds = re.search(r"#\s*\[\s*([^,\]]+),\s*([^\]]+)\]", lines[number - 1])
+                if bounds:
+                    low, high = (float(ast.literal_eval(power(bound))) for bound in bounds.groups())
+                    found.append(Constant(name, number - 1, tuple(numbers(value)), low, high))
     return found
 
 
@@ -88,19 +88,14 @@ def step(number: ast.expr, factor: float, low: float, high: float) -> str:
 def propose(source: str, rng: random.Random) -> tuple[str, list[str]]:
     """Move one or two constants of a program. Returns the new program and what changed; nothing may have."""
     constants = find_constants(source)
-    chosen = rng.sample(constants, min(len(constants), rng.choice((1, 1, 2))))
-    lines = source.splitlines(keepends=True)
-    changes = []
-    for constant in chosen:
-        factor = rng.choice(FACTORS)
-        old = ast.get_source_segment(source, constant.value) or ""
-        for number in reversed(list(numbers(constant.value))):
+    lines, changes = source.splitlines(keepends=True), []
+    for constant in rng.sample(constants, min(len(constants), rng.choice((1, 1, 2)))):
+        factor, old = rng.choice(FACTORS), lines[constant.line]
+        for number in reversed(constant.numbers):
             moved = step(number, factor, constant.low, constant.high)
-            lines[number.lineno - 1] = replace(lines[number.lineno - 1], number, moved)
-        new = next(c for c in find_constants("".join(lines)) if c.name == constant.name).value
-        new_text = ast.get_source_segment("".join(lines), new) or ""
-        if new_text != old:
-            changes.append(f"{constant.name} {squeeze(old)} -> {squeeze(new_text)}")
+            lines[constant.line] = replace(lines[constant.line], number, moved)
+        if (new := lines[constant.line]) != old:
+            changes.append(f"{constant.name} {value_of(old)} -> {value_of(new)}")
     return "".join(lines), changes
 
 
@@ -115,9 +110,10 @@ def replace(line: str, number: ast.expr, text: str) -> str:
     return before + text + comma + " " * width + rest[blanks:]
 
 
-def squeeze(text: str) -> str:
-    """A value as it reads in a line: of a call, the first number stands for all."""
-    return re.sub(r",.*\)$", ", …)", " ".join(text.split()))
+def value_of(line: str) -> str:
+    """A line's value as it reads in a sentence: of a call, the first number stands for all."""
+    value = line.partition("=")[2].partition("#")[0]
+    return re.sub(r",.*\)$", ", …)", " ".join(value.split()))
 
 
 def tried_before(tag: str) -> set[str]:

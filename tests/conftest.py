@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo arena is for a CPU
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Stands in for the arena where the arena is beside the point: it answers the driver as prepare.py does.
@@ -146,10 +149,11 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the demo arena, made by prepare.py as a user would."""
-    folder = tmp_path_factory.mktemp("cache")
-    env = {**os.environ, "AUTORESEARCH_CACHE": str(folder)}
-    command = [sys.executable, str(ROOT / "prepare.py"), "--arena", "demo"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    """A cache with the demo arena, made by prepare.py as a user would make it."""
+    os.environ["AUTORESEARCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prepare.py"), "--arena", "demo"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    return folder
+    assert "encode train" in done.stderr  # progress
+    return Path(os.environ["AUTORESEARCH_CACHE"])

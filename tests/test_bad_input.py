@@ -140,7 +140,7 @@ SUMMARY = QUICK_TRAIN[QUICK_TRAIN.index("print") :]
     ("train", "words"),
     [
         ("", "no summary was printed"),
-        (SUMMARY + SUMMARY, "2 summaries were printed"),
+        (QUICK_TRAIN + SUMMARY, "2 summaries were printed"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "nan"), "val_bpb is not finite: nan"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "-inf"), "val_bpb is not finite: -inf"),
         (

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import QUICK_TRAIN, Project
 
-BETTER = 'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = 0.$((1000 - ${AUTORESEARCH_EXPERIMENT#000}))/" train.py; echo $AUTORESEARCH_EXPERIMENT'
+SCORE = "0.$((1000 - ${AUTORESEARCH_EXPERIMENT#000}))"  # lower each time
+BETTER = f'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = {SCORE}/" train.py; echo $AUTORESEARCH_EXPERIMENT'
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:

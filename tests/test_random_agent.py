@@ -1,0 +1,68 @@
+"""The offline agent: honest random search, within bounds, never twice the same."""
+
+import ast
+import random
+
+from conftest import ROOT, Project
+
+from autoresearch.random_agent import find_constants, propose
+
+SOURCE = (ROOT / "train.py").read_text()
+
+
+def test_it_finds_the_constants_of_train_py() -> None:
+    names = {constant.name for constant in find_constants(SOURCE)}
+    assert {"DEPTH", "BATCH", "MATRIX_LR", "WARMDOWN", "FINAL_LR"} <= names
+    assert "MICRO_BATCH" not in names and "T" not in names
+
+
+def test_proposals_stay_within_bounds() -> None:
+    """Along a random walk of 300 steps every value stays in its range and every program compiles."""
+    rng, source, moved = random.Random(0), SOURCE, set()
+    for _ in range(300):
+        before, (source, _) = source, propose(source, rng)
+        for constant in find_constants(source):
+            values = [eval(compile(ast.Expression(number), "", "eval")) for number in constant.numbers]
+            assert all(constant.low <= value <= constant.high for value in values), constant.name
+        lines = zip(before.splitlines(), source.splitlines(), strict=True)
+        moved |= {old.split()[0] for old, new in lines if old != new}
+    assert moved == {constant.name for constant in find_constants(SOURCE)}  # each of them, from zero as well
+
+
+def test_it_says_what_it_did() -> None:
+    for seed in range(50):
+        program, changes = propose(SOURCE, random.Random(seed))
+        changed = [
+            new.split()[0] for old, new in zip(SOURCE.splitlines(), program.splitlines(), strict=True) if old != new
+        ]
+        assert sorted(change.split()[0] for change in changes) == sorted(changed)
+
+
+def test_it_never_proposes_what_was_tried(project: Project) -> None:
+    """One constant with six steps: six experiments, each another program, then it has nothing left to try."""
+    project.research("random", experiments=6)
+    commits = [row["commit"] for row in project.rows()]
+    blobs = {project.git("rev-parse", f"{commit}:train.py") for commit in commits}
+    assert len(blobs) == len(commits) == 7
+    said = project.loop("status", "--tag=t")
+    assert "6 experiments" in said and "VAL_BPB 1.0 -> " in said
+    project.check()
+
+
+def test_the_same_seed_makes_the_same_search(project: Project) -> None:
+    project.research("random", experiments=3, tag="a")
+    project.research("random", experiments=3, tag="b")
+    a, b = ([row["description"] for row in project.rows() if row["tag"] == tag] for tag in "ab")
+    assert a == b
+
+
+def test_it_does_not_debug(project: Project) -> None:
+    """An idea that crashes is given up: one crash row, and the search goes on."""
+    project.write(
+        "train.py", (project.root / "train.py").read_text() + "\nif VAL_BPB < 0.8: raise ValueError('too good')\n"
+    )
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--all", "--message=crash below 0.8")
+    project.research("random", experiments=5)
+    statuses = [row["status"] for row in project.rows()]
+    assert "crash" in statuses and len(statuses) == 6
+    project.check()

@@ -48,20 +48,19 @@ class Project:
     def command(self, *args: str) -> list[str]:
         return [sys.executable, "loop.py", *args]
 
-    def loop(self, *args: str, code: int = 0) -> str:
+    def loop(self, *args: str, code: int = 0, timeout: float = 100) -> str:
         """Run loop.py to its end and return what it printed; the exit code must be the expected one."""
         done = subprocess.run(
-            self.command(*args), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=100
+            self.command(*args), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-    def research(self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t") -> str:
+    def research(self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t", timeout: float = 100) -> str:
         """Run some experiments with a shell command for an agent."""
-        return self.loop(
-            "--tag", tag, "--arena", "demo", "--agent", agent, "--experiments", str(experiments), code=code
-        )
+        args = ("--tag", tag, "--arena", "demo", "--agent", agent, "--experiments", str(experiments))
+        return self.loop(*args, code=code, timeout=timeout)
 
     def start(self, agent: str, experiments: int = 1) -> subprocess.Popen[bytes]:
         """Start a driver to be killed."""

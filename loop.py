@@ -24,19 +24,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from autoresearch import checks, prompt, records
-from autoresearch.agents import Agent, ask, find_agent
+from autoresearch.agents import Agent, AgentCall, ask, find_agent
 from autoresearch.display import Plain, standing
 from autoresearch.git import GitError, Repo
-from autoresearch.ledger import REFS, Ledger, hold, holder
+from autoresearch.ledger import REFS, Ledger, hold, holder, read_history
 from autoresearch.process import sweep
-from autoresearch.records import Crashed, Edit, Event, Experiment, Finished, Outcome, Rejected, Reply, Status, UserError
+from autoresearch.records import (
+    EDITABLE,
+    Crashed,
+    Edit,
+    Event,
+    Experiment,
+    Finished,
+    Outcome,
+    Rejected,
+    Reply,
+    Status,
+    UserError,
+)
 from autoresearch.trial import check_syntax, find_machine, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
 TIE = 0.0002  # val_bpb that a run repeats itself to
 REPAIRS = 2  # of one idea that crashed
 STALLS = 5  # agent calls in a row that changed nothing, before it is a person's matter
-EDITABLE = "train.py"
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,6 @@ class Lab:
 
     checkout: Repo  # the user's; read, never written
     ledger: Ledger
-    runs: Path  # runs/<tag>
     arena: records.Arena
     machine: records.Machine
     agent: Agent
@@ -68,117 +78,110 @@ def research(lab: Lab, spent: Callable[[int], str | None]) -> str:
         settled = attempt(lab)
         done, stalls = (done + 1, 0) if settled else (done, stalls + 1)
         if stalls == STALLS:
-            raise UserError(f"the agent {lab.agent.name!r} changed nothing {STALLS} times in a row; see {lab.runs}")
+            folder = lab.ledger.folder
+            raise UserError(f"the agent {lab.agent.name!r} changed nothing {STALLS} times in a row; see {folder}")
     return budget
 
 
 def baseline(lab: Lab) -> None:
     """Train what the user committed, as an empty commit: the first incumbent."""
-    with experiment(lab, 0) as (tree, base, folder):
-        commit = tree.commit("baseline\n", base)
-        outcome = train(lab, tree, commit, folder, "baseline")
+    with experiment(lab) as (base, folder):
+        commit = lab.ledger.worktree().commit("baseline\n", base)
+        outcome = train(lab, commit, folder, "baseline")
         if not isinstance(outcome, Finished):
             why, log = records.reason(outcome), folder / "run.log"
             raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
-        settle(lab, tree, base, commit, outcome, [Reply("baseline", "", 0.0)], repairs=0)
+        settle(lab, base, commit, outcome, [Reply("baseline", "", 0.0)], repairs=0)
 
 
 def attempt(lab: Lab) -> bool:
     """One experiment: an idea, its run, at most two repairs, the verdict. False when the agent changed nothing."""
-    number = lab.ledger.next_number
-    with experiment(lab, number) as (tree, base, folder):
-        lab.show(records.Asking(number, 0))
+    with experiment(lab) as (base, folder):
         history = [recorded for _, recorded in lab.ledger.history]
-        edit = propose(lab, tree, base, base, folder, prompt.brief(program(lab), lab.arena, history), 0)
+        edit = propose(lab, base, base, folder, prompt.brief(program(lab), lab.arena, history), turn=0)
         if not edit.fresh:
-            lab.show(records.Stalled(number, edit.reply.error or f"train.py is as it was: {edit.reply.description}"))
+            why = edit.reply.error or f"train.py is as it was: {edit.reply.description}"
+            lab.show(records.Stalled(lab.ledger.next_number, why))
             return False
         replies, idea, repairs = [edit.reply], subject(edit.reply), 0
-        outcome = run(lab, tree, edit, folder, idea)
+        outcome = run(lab, edit, folder, idea)
         while isinstance(outcome, Crashed) and repairs < REPAIRS:
-            lab.show(records.Asking(number, repairs + 1))
             request = prompt.repair(program(lab), idea, outcome)
-            mend = propose(lab, tree, base, edit.commit, folder, request, repairs + 1)
+            mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
             replies.append(mend.reply)
             if not mend.fresh:
                 break
             edit, repairs = mend, repairs + 1
-            outcome = run(lab, tree, edit, folder, idea)
-        settle(lab, tree, base, edit.commit, outcome, replies, repairs)
+            outcome = run(lab, edit, folder, idea)
+        settle(lab, base, edit.commit, outcome, replies, repairs)
     return True
 
 
 @contextmanager
-def experiment(lab: Lab, number: int) -> Iterator[tuple[Repo, str, Path]]:
-    """The clean worktree on the incumbent, the incumbent, and a folder for what the experiment leaves.
+def experiment(lab: Lab) -> Iterator[tuple[str, Path]]:
+    """Yield the commit that the next experiment starts from, with the worktree clean on it, and a folder of its own.
 
-    Afterwards, come what may, the tree stands on the incumbent again: the new one, if the experiment was kept. The
-    marker tells the next start that a tip it does not know was ours.
+    Afterwards, come what may, the tree stands on the incumbent: the new one, if the experiment was kept. The marker
+    tells the next start that a tip of the branch that it does not know was ours.
     """
-    folder, marker = lab.runs / f"{number:04d}", lab.runs / "in-flight"
+    ledger = lab.ledger
+    folder = ledger.folder / f"{ledger.next_number:04d}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    marker.touch()
-    tree, base = stand(lab.checkout, lab.ledger, lab.runs)
+    ledger.in_flight.touch()
+    ledger.stand()
     try:
-        yield tree, base, folder
+        yield ledger.base, folder
     finally:
-        stand(lab.checkout, lab.ledger, lab.runs)
-        marker.unlink()
+        ledger.stand()
+        ledger.in_flight.unlink()
 
 
-def stand(checkout: Repo, ledger: Ledger, runs: Path) -> tuple[Repo, str]:
-    """Put branch and worktree on the incumbent; before there is one, on the user's last commit."""
-    base = ledger.incumbent[0] if ledger.incumbent else checkout.resolve("HEAD")
-    assert base
-    tree = checkout.worktree(runs / "tree", ledger.branch, base)
-    tree.reset(ledger.branch, base)
-    return tree, base
-
-
-def propose(lab: Lab, tree: Repo, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:
+def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:
     """Call the agent once and see what it did to the tree since `base`, and to train.py since `before`."""
-    facts = {"TAG": lab.ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.seed)}
+    ledger = lab.ledger
+    lab.show(records.Asking(ledger.next_number, turn))
+    facts = {"TAG": ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.seed)}
     env = {f"AUTORESEARCH_{name}": value for name, value in facts.items()}
-    reply = ask(
-        lab.agent, request, tree=tree.tree, folder=folder, turn=turn, facts=env, limit=lab.agent_limit, mark=lab.runs
-    )
-    tree = lab.checkout.worktree(lab.runs / "tree", lab.ledger.branch, base)  # mended, if the agent broke it
-    paths = tuple(tree.changed(lab.ledger.branch, base))
+    call = AgentCall(ledger.worktree().tree, folder, turn, env, lab.agent_limit, mark=ledger.folder)
+    reply = ask(lab.agent, request, call)
+    tree = ledger.worktree()  # once more: the agent may have broken it
+    paths = tuple(tree.changed(ledger.branch, base))
     commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,))
     fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or bool(set(paths) - {EDITABLE})
     return Edit(reply, paths, commit, fresh)
 
 
-def run(lab: Lab, tree: Repo, edit: Edit, folder: Path, idea: str) -> Outcome:
+def run(lab: Lab, edit: Edit, folder: Path, idea: str) -> Outcome:
     """Train an edit, unless it touched more than train.py."""
     if foreign := tuple(path for path in edit.paths if path != EDITABLE):
         return Rejected(foreign)
-    return train(lab, tree, edit.commit, folder, idea)
+    return train(lab, edit.commit, folder, idea)
 
 
-def train(lab: Lab, tree: Repo, commit: str, folder: Path, idea: str) -> Outcome:
+def train(lab: Lab, commit: str, folder: Path, idea: str) -> Outcome:
     """Train a commit in a tree that holds nothing else."""
+    tree = lab.ledger.worktree()
     tree.reset(lab.ledger.branch, commit)
     if broken := check_syntax(tree.tree / EDITABLE):
         return broken
-    lab.show(records.Training(int(folder.name), idea))
-    log = folder / "run.log"
-    return run_training(tree.tree, lab.arena, seed=lab.seed, limit=lab.train_limit, log=log, mark=lab.runs)
+    lab.show(records.Training(lab.ledger.next_number, idea))
+    log, mark = folder / "run.log", lab.ledger.folder
+    return run_training(tree.tree, lab.arena, seed=lab.seed, limit=lab.train_limit, log=log, mark=mark)
 
 
-def settle(lab: Lab, tree: Repo, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int) -> None:
-    """Judge an experiment and record it for ever."""
-    ledger, before, best = lab.ledger, lab.ledger.incumbent, lab.ledger.best
-    incumbent = before[1].val_bpb if before else None
-    added, removed = tree.lines_changed(base, commit, EDITABLE)
-    verdict = decide(outcome, added - removed, incumbent, best.val_bpb if best else None)
+def settle(lab: Lab, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int) -> None:
+    """Judge an experiment and record it for ever. Where the branch stands follows from the record."""
+    ledger, machine = lab.ledger, lab.machine
+    incumbent, best = ledger.incumbent_bpb, ledger.best.val_bpb if ledger.best else None
+    added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
     recorded = Experiment(
-        tag=ledger.tag, number=ledger.next_number, status=verdict, description=subject(replies[0]),
-        reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name, data=lab.arena.data, seed=lab.seed,
-        agent=lab.agent.name, torch=lab.machine.torch, gpu=lab.machine.gpu or None, driver=lab.machine.driver or None,
-        program=lab.checkout.store(lab.checkout.tree / "program.md"), added=added, removed=removed, repairs=repairs,
-        agent_seconds=sum(reply.seconds for reply in replies), incumbent=incumbent, **records.facts_of(outcome),
+        tag=ledger.tag, number=ledger.next_number, status=decide(outcome, added - removed, incumbent, best),
+        description=subject(replies[0]), reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name,
+        data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
+        driver=machine.driver or None, program=lab.checkout.store(lab.checkout.tree / "program.md"), added=added,
+        removed=removed, repairs=repairs, agent_seconds=sum(reply.seconds for reply in replies), incumbent=incumbent,
+        **records.facts_of(outcome),
     )  # fmt: skip
     lab.show(records.Settled(recorded, ledger.record(recorded, base, commit)))
 
@@ -206,28 +209,28 @@ def subject(reply: Reply) -> str:
 
 def program(lab: Lab) -> str:
     """program.md as the user has it now: read afresh for every call."""
-    return (lab.checkout.tree / "program.md").read_text(encoding="utf-8")
+    return (lab.checkout.tree / "program.md").read_text(encoding="utf-8", errors="replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Starting, and starting again
 
 
-def reconcile(checkout: Repo, ledger: Ledger, runs: Path, show: Callable[[Event], None]) -> None:
+def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> None:
     """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
-    sweep(runs)
+    sweep(ledger.folder)
     checkout.unlock(f"refs/heads/{ledger.branch}", f"{REFS}/{ledger.tag}/*")
-    tip, marker = checkout.resolve(f"refs/heads/{ledger.branch}"), runs / "in-flight"
-    base = ledger.incumbent[0] if ledger.incumbent else None
-    if tip and tip != base and (base or not checkout.contains("HEAD", tip)):
-        if not marker.exists():
-            raise UserError(
-                f"the branch {ledger.branch} has commits that are no experiments: keep them with "
-                f"`git branch mine {tip[:10]}`, then `git update-ref -d refs/heads/{ledger.branch}`"
-            )
+    tip = checkout.resolve(f"refs/heads/{ledger.branch}")
+    expected = tip in (None, ledger.base) or (not ledger.history and checkout.contains("HEAD", tip or ""))
+    if not expected and not ledger.in_flight.exists():
+        raise UserError(
+            f"the branch {ledger.branch} has commits that are no experiments: keep them with "
+            f"`git branch mine {tip}`, then `git update-ref -d refs/heads/{ledger.branch}`"
+        )
+    ledger.stand()
+    if tip and not expected:
         show(records.Dropped(tip))
-    stand(checkout, ledger, runs)
-    marker.unlink(missing_ok=True)
+    ledger.in_flight.unlink(missing_ok=True)
     ledger.rebuild()
 
 
@@ -235,25 +238,24 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
     """Start or resume a run and stay with it until a budget is spent; returns the exit code."""
     agent, checkout = find_agent(options.agent), checks.open_checkout(ROOT)
     checks.check_tag(checkout, options.tag)
-    runs, ledger = ROOT / "runs" / options.tag, Ledger(checkout, options.tag)
     seed = whole(os.environ.get("AUTORESEARCH_SEED", "42"))
     if options.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
-    if not ledger.history:
+    if not Ledger(checkout, options.tag).history:
         checks.check_committed(checkout)
-    with hold(runs / "lock"):
-        reconcile(checkout, ledger, runs, show)
+    with hold(ROOT / "runs" / options.tag):
+        ledger = Ledger(checkout, options.tag)
+        reconcile(checkout, ledger, show)
         show(records.Preparing(options.arena))
-        arena = prepare_arena(runs / "tree", options.arena)
+        arena = prepare_arena(ledger.worktree().tree, options.arena)
         checks.check_arena(ledger, arena)
         limit = options.train_timeout or max(120.0, 2 * arena.budget)
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
         machine = find_machine(arena.name)
-        lab = Lab(checkout, ledger, runs, arena, machine, agent, seed, limit, options.agent_timeout, show)
+        lab = Lab(checkout, ledger, arena, machine, agent, seed, limit, options.agent_timeout, show)
         before = len(ledger.history)
-        best = ledger.best.val_bpb if ledger.best else None
-        show(records.Started(options.tag, ledger.branch, agent.name, arena, machine, before, best))
+        show(records.Started(options.tag, ledger.branch, agent.name, arena, machine, before, ledger.incumbent_bpb))
         code, began = 0, time.monotonic()
         try:
             ended = research(lab, lambda done: spent(options, done, time.monotonic() - began))
@@ -277,12 +279,14 @@ def spent(options: argparse.Namespace, done: int, seconds: float) -> str | None:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Print where a run stands, from what git holds."""
+    """Print where a run stands, from what git holds: the one named, else the one that ran last."""
     checkout = checks.open_checkout(ROOT)
-    ledger = Ledger(checkout, options.tag)
-    if not ledger.history:
-        raise UserError(f"no experiments under the tag {options.tag}; `git for-each-ref {REFS}` lists what there is")
-    print(standing(ledger.history, holder(ROOT / "runs" / options.tag / "lock")))
+    history = read_history(checkout, options.tag or "*")
+    if not history:
+        raise UserError(f"no experiments yet under {REFS}/{options.tag or ''}")
+    last = max(history, key=lambda entry: entry[1].finished)[1]
+    mine = [entry for entry in history if entry[1].tag == last.tag]
+    print(standing(mine, holder(ROOT / "runs" / last.tag)))
     return 0
 
 
@@ -306,12 +310,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
     add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine, no network")
     options = parser.parse_args(argv)
+    if options.command == "status":
+        return options
     demo = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
     usual = {"tag": f"{today:%b}{today.day}".lower(), "arena": "python"}
     for name, value in (demo if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.command == "run" and options.agent is None:
+    if options.agent is None:
         parser.error("--agent is missing: 'random', or a command such as 'claude -p'")
     if options.train_timeout is not None and options.train_timeout < 120:
         parser.error("--train-timeout must be at least 120 s")

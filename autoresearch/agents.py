@@ -30,6 +30,19 @@ BUILT_IN = {
 }
 
 
+@dataclass(frozen=True)
+class AgentCall:
+    """Where one call happens: the worktree, the experiment's folder, which turn of it, what the environment adds, a
+    limit in seconds, and the mark of the processes."""
+
+    tree: Path
+    folder: Path
+    turn: int
+    env: dict[str, str]
+    limit: float
+    mark: Path
+
+
 def find_agent(text: str) -> Agent:
     """A built-in agent by its name, else any shell command; UserError when its first word is no command."""
     if text in BUILT_IN:
@@ -47,19 +60,18 @@ def is_command(word: str) -> bool:
     return known.returncode == 0
 
 
-def ask(
-    agent: Agent, prompt: str, *, tree: Path, folder: Path, turn: int, facts: dict[str, str], limit: float, mark: Path
-) -> Reply:
-    """Call the agent once, fresh, under a hard limit in seconds. Prompt and transcript of the turn stay in `folder`."""
-    prompt_file, out, err = (folder / f"{name}-{turn}.{kind}" for name, kind in FILES)
+def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
+    """Call the agent once, fresh, under its hard limit. Prompt and transcript of the turn stay in the folder."""
+    prompt_file, out, err = (call.folder / f"{name}-{call.turn}.{kind}" for name, kind in FILES)
     prompt_file.write_text(prompt, encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": str(ROOT)} if agent.name in BUILT_IN else dict(os.environ)
     ended = process.run(
-        list(agent.command), cwd=tree, env=env | facts, limit=limit, mark=mark, stdin=prompt_file, out=out, err=err
-    )
+        list(agent.command), cwd=call.tree, env=env | call.env, limit=call.limit, mark=call.mark,
+        stdin=prompt_file, out=out, err=err,
+    )  # fmt: skip
     description, reason = read_answer(process.tail(out, 20_000))
     if ended.code is None:
-        error = f"the agent was stopped after {limit:g} s"
+        error = f"the agent was stopped after {call.limit:g} s"
     elif ended.code:
         error = f"the agent ended with exit code {ended.code}: {one_line(process.tail(err) or process.tail(out), 300)}"
     else:

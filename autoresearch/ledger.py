@@ -1,6 +1,7 @@
 """The experiment history: git refs and trailers are the truth, results.tsv is their projection."""
 
 import fcntl
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,29 +16,49 @@ REFS = "refs/autoresearch"
 
 
 class Ledger:
-    """What one tag has recorded. `history` holds (commit, experiment), oldest first; the baseline is its first."""
+    """What one tag has: its record, its branch, its folder with the worktree. `history` holds (commit, experiment),
+    oldest first; the baseline is its first."""
 
-    def __init__(self, repo: Repo, tag: str):
-        self.repo = repo
+    def __init__(self, checkout: Repo, tag: str):
+        self.checkout = checkout
         self.tag = tag
         self.branch = f"autoresearch/{tag}"
-        self.table = repo.tree / "results.tsv"
-        self.history = read_history(repo, tag)
+        self.folder = checkout.tree / "runs" / tag
+        self.in_flight = self.folder / "in-flight"
+        self.table = checkout.tree / "results.tsv"
+        self.history = read_history(checkout, tag)
 
     @property
     def next_number(self) -> int:
         return self.history[-1][1].number + 1 if self.history else 0
 
     @property
-    def incumbent(self) -> tuple[str, Experiment] | None:
-        """The last one kept: the tip of the branch."""
-        return next((entry for entry in reversed(self.history) if entry[1].status == "keep"), None)
+    def kept(self) -> list[tuple[str, Experiment]]:
+        return [entry for entry in self.history if entry[1].status == "keep"]
+
+    @property
+    def base(self) -> str:
+        """What the next experiment starts from and the branch stands on: the last one kept, or else the user's HEAD."""
+        commit = self.kept[-1][0] if self.kept else self.checkout.resolve("HEAD")
+        assert commit
+        return commit
+
+    @property
+    def incumbent_bpb(self) -> float | None:
+        return self.kept[-1][1].val_bpb if self.kept else None
 
     @property
     def best(self) -> Experiment | None:
-        """The best ever kept."""
-        kept = [experiment for _, experiment in self.history if experiment.status == "keep"]
-        return min(kept, key=lambda experiment: experiment.val_bpb or 0.0, default=None)
+        """The best ever kept; a tie that was kept since lies a little above it."""
+        return min((e for _, e in self.kept), key=lambda e: e.val_bpb or math.inf, default=None)
+
+    def worktree(self) -> Repo:
+        """Open the worktree, made again if somebody broke it."""
+        return self.checkout.worktree(self.folder / "tree", self.branch, self.base)
+
+    def stand(self) -> None:
+        """Put branch and worktree on the base, and remove everything else from the tree."""
+        self.worktree().reset(self.branch, self.base)
 
     def now(self) -> str:
         """The time of day, but never earlier than the last record's: a clock set back must not reorder results.tsv."""
@@ -52,8 +73,8 @@ class Ledger:
 
         The ref is the moment of truth: before it nothing has happened, after it the row can be made again.
         """
-        final = self.repo.commit_tree(message(experiment), f"{commit}^{{tree}}", parent)
-        self.repo.point(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
+        final = self.checkout.commit_tree(message(experiment), f"{commit}^{{tree}}", parent)
+        self.checkout.point(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
         # what is remembered is what was written, so that a row made now and one made again later are the same
         entry = (final, parse_message(message(experiment)))
         self.history.append(entry)
@@ -63,7 +84,7 @@ class Ledger:
 
     def rebuild(self) -> None:
         """Make results.tsv what the refs of all tags say. Lines that are not from there are put aside, not lost."""
-        entries = sorted(read_history(self.repo), key=lambda e: (e[1].finished, e[1].tag, e[1].number))
+        entries = sorted(read_history(self.checkout), key=lambda e: (e[1].finished, e[1].tag, e[1].number))
         table = HEADER + "".join(row(*entry) for entry in entries)
         with locked(self.table):
             found = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
@@ -130,22 +151,23 @@ def locked(table: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
-    """Hold a tag for this process; UserError that names the holder when there is one. Dies with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a tag, by its folder, for this process; UserError that names the holder when there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{holder(path)} is already running {path.parent.name}: one driver a tag") from None
+            raise UserError(f"{holder(folder)} is already running {folder.name}: one driver a tag") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
 
 
-def holder(path: Path) -> str | None:
-    """Who holds a tag now, or None."""
+def holder(folder: Path) -> str | None:
+    """Who holds a tag now, or None. The lock dies with its process."""
+    path = folder / "lock"
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

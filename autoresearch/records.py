@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+EDITABLE = "train.py"  # the one file that an experiment changes
 Status = Literal["keep", "discard", "crash"]
 
 
@@ -198,7 +199,7 @@ def reason(outcome: Crashed | TimedOut | Rejected) -> str:
         case TimedOut(limit):
             return f"killed at the limit of {limit:g} s"
         case Rejected(paths):
-            return one_line(f"changed more than train.py: {', '.join(p for p in paths if p != 'train.py')}")
+            return one_line(f"changed more than train.py: {', '.join(p for p in paths if p != EDITABLE)}")
 
 
 # One line for each trailer, in the order they are written: name, field, type, format.

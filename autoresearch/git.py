@@ -11,7 +11,8 @@ FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_
            "GIT_NAMESPACE", "GIT_CEILING_DIRECTORIES", "GIT_CONFIG_PARAMETERS", "GIT_CONFIG_COUNT")  # fmt: skip
 # Hooks and signing keys are for the commits of the user; ours are on disk before a ref says so (core.fsync).
 OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.quotePath=false",
-           "-c", "core.fsmonitor=false", "-c", "core.fsync=committed", "-c", "gc.auto=0", "--no-optional-locks")  # fmt: skip
+           "-c", "core.fsmonitor=false", "-c", "core.fsync=committed", "-c", "gc.auto=0",
+           "--no-optional-locks")  # fmt: skip
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
             for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
 

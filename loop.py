@@ -219,7 +219,6 @@ def program(lab: Lab) -> str:
 def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> None:
     """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
     sweep(ledger.folder)
-    checkout.unlock(f"refs/heads/{ledger.branch}", f"{REFS}/{ledger.tag}/*")
     tip = checkout.resolve(f"refs/heads/{ledger.branch}")
     expected = tip in (None, ledger.base) or (not ledger.history and checkout.contains("HEAD", tip or ""))
     if not expected and not ledger.in_flight.exists():

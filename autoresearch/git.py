@@ -11,8 +11,8 @@ FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_
            "GIT_NAMESPACE", "GIT_CEILING_DIRECTORIES", "GIT_CONFIG_PARAMETERS", "GIT_CONFIG_COUNT")  # fmt: skip
 # Hooks and signing keys are for the commits of the user; ours are on disk before a ref says so (core.fsync).
 OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.quotePath=false",
-           "-c", "core.fsmonitor=false", "-c", "core.fsync=committed", "-c", "gc.auto=0",
-           "--no-optional-locks")  # fmt: skip
+           "-c", "core.fsmonitor=false", "-c", "core.sparseCheckout=false", "-c", "core.fsync=committed",
+           "-c", "gc.auto=0", "--no-optional-locks")  # fmt: skip
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
             for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
 
@@ -29,27 +29,24 @@ class GitError(Exception):
 @dataclass(frozen=True)
 class Repo:
     """One working tree. `git_dir` and `tree` are given to git in so many words, so that nothing in the tree can
-    point it elsewhere."""
+    point it elsewhere; `common_dir` is what worktrees share."""
 
     tree: Path
     git_dir: Path
+    common_dir: Path
 
     @classmethod
     def at(cls, tree: Path) -> "Repo":
         """The repository that a directory is the top of; GitError when it is not."""
-        top = run_git("-C", str(tree), "rev-parse", "--show-toplevel", "--absolute-git-dir").splitlines()
-        if Path(top[0]) != tree.resolve():
-            raise GitError(("rev-parse",), 1, "", f"{tree} lies inside the repository {top[0]}")
-        return cls(tree.resolve(), Path(top[1]))
+        ask = ("rev-parse", "--path-format=absolute", "--show-toplevel", "--git-dir", "--git-common-dir")
+        top, git_dir, common_dir = (Path(line) for line in run_git("-C", str(tree), *ask).splitlines())
+        if top != tree.resolve():
+            raise GitError(("rev-parse",), 1, "", f"{tree} lies inside the repository {top}")
+        return cls(top, git_dir, common_dir)
 
     def git(self, *args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
         where = (f"--git-dir={self.git_dir}", f"--work-tree={self.tree}")
         return run_git(*where, *args, stdin=stdin, env=env, cwd=self.tree)
-
-    @property
-    def common_dir(self) -> Path:
-        """The repository itself, which worktrees share."""
-        return Path(self.git("rev-parse", "--path-format=absolute", "--git-common-dir").strip())
 
     # --- reading
 
@@ -105,7 +102,8 @@ class Repo:
     def lines_changed(self, base: str, commit: str, path: str) -> tuple[int, int]:
         """Lines added to and removed from a file between two commits."""
         out = self.git("diff", "--numstat", "--no-renames", "--no-ext-diff", "--text", base, commit, "--", path).split()
-        return (int(out[0]), int(out[1])) if out else (0, 0)
+        added, removed = (int(count) if count.isdecimal() else 0 for count in (out or ("0", "0"))[:2])  # "-" is binary
+        return added, removed
 
     # --- the worktree
 
@@ -115,7 +113,7 @@ class Repo:
         if own is None:
             remove_tree(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.git("worktree", "prune")
+            self.succeeds("worktree", "remove", "--force", "--force", str(path))  # what git remembers, even if locked
             self.git("worktree", "add", "--quiet", "--force", "-B", branch, str(path), start)
             own = read_worktree(path, self.common_dir)
         assert own is not None
@@ -194,7 +192,7 @@ def read_worktree(path: Path, common_dir: Path) -> Repo | None:
         own = Path((path / ".git").read_text().removeprefix("gitdir: ").strip())
         if own.parent != common_dir / "worktrees":
             return None
-        repo = Repo(path, own)
+        repo = Repo(path, own, common_dir)
         repo.git("rev-parse", "--git-dir")
         return repo
     except (OSError, ValueError, GitError):

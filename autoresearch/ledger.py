@@ -53,7 +53,8 @@ class Ledger:
         return min((e for _, e in self.kept), key=lambda e: e.val_bpb or math.inf, default=None)
 
     def worktree(self) -> Repo:
-        """Open the worktree, made again if somebody broke it."""
+        """Open the worktree, made again if somebody broke it, and without the locks of a git that was killed."""
+        self.checkout.unlock(f"refs/heads/{self.branch}", f"{REFS}/{self.tag}/*")
         return self.checkout.worktree(self.folder / "tree", self.branch, self.base)
 
     def stand(self) -> None:

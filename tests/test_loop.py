@@ -123,6 +123,31 @@ def test_a_broken_worktree_is_made_again(project: Project) -> None:
     project.check()
 
 
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "git worktree lock .; cd /; rm -rf $OLDPWD",
+        "rm .git; git init --quiet .",
+        "git sparse-checkout set --no-cone train.py",
+        "touch $(git rev-parse --git-dir)/index.lock $(git rev-parse --git-common-dir)/refs/heads/autoresearch/t.lock",
+        "git branch -m hijacked",
+        "git checkout -q --detach; git pack-refs --all",
+        "rm train.py; mkdir train.py; touch train.py/x",
+        "printf 'a\\0b\\377' > train.py",
+        "ln -sf /etc/passwd train.py",
+    ],
+)
+def test_tricks_with_git_do_not_stop_the_next_experiment(project: Project, trick: str) -> None:
+    agent = f"""
+    if [ ! -e ../../tricked ]; then touch ../../tricked; {BETTER}; {trick}
+    else echo "# $AUTORESEARCH_EXPERIMENT" >> train.py; echo go on; fi
+    """
+    project.research(agent, experiments=2)
+    assert project.rows()[-1]["description"] == "go on"
+    assert (project.root / "runs/t/tree/prepare.py").exists()
+    project.check()
+
+
 def test_no_edit_is_no_experiment_and_ends_the_run(project: Project) -> None:
     said = project.research("echo I would rather not", code=1)
     assert len(project.rows()) == 1

@@ -100,7 +100,7 @@ def attempt(lab: Lab) -> bool:
         history = [recorded for _, recorded in lab.ledger.history]
         edit = propose(lab, base, base, folder, prompt.brief(program(lab), lab.arena, history), turn=0)
         if not edit.fresh:
-            why = edit.reply.error or f"train.py is as it was: {edit.reply.description}"
+            why = edit.reply.error or f"no line of train.py is different: {edit.reply.description}"
             lab.show(records.Stalled(lab.ledger.next_number, why))
             return False
         replies, idea, repairs = [edit.reply], subject(edit.reply), 0

@@ -332,8 +332,10 @@ def warm_up(model, network, rows):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens = torch.randint(V, (max(rows, ARENA.eval_rows), T), device=DEVICE)
     train_step(network, make_optimizers(model), tokens[:rows], tokens[:rows])
+    network.eval()      # as `finish` will call it
     with torch.no_grad():
         network(tokens[: ARENA.eval_rows])
+    network.train()
     model.load_state_dict(before)
 
 

@@ -339,6 +339,12 @@ def warm_up(model, network, rows):
     model.load_state_dict(before)
 
 
+def check(losses, step):
+    """Stop at once when training has diverged: a run that is lost should not cost five minutes."""
+    if not losses[step] < 100:      # worded so that NaN fails
+        raise SystemExit(f"error: the loss diverged: {losses[step].item()} at step {step}")
+
+
 def main():
     torch.manual_seed(ARENA.seed)
     torch.set_float32_matmul_precision("high")
@@ -360,14 +366,12 @@ def main():
     for step, (x, y) in enumerate(loader):
         schedule(optimizers, step, loader.progress)
         losses.append(train_step(network, optimizers, x, y).to("cpu", non_blocking=True))
-        if step < 2:
-            continue
-        loss = losses[-3].item()    # has arrived: the loader lets the CPU run at most two batches ahead
-        if not loss < 100:          # worded so that NaN fails
-            raise SystemExit(f"error: the loss diverged: {loss} at step {step - 2}")
-        if step % 10 == 0:
-            speed = loader.tokens / loader.elapsed()
+        if step >= 2:
+            check(losses, step - 2)     # has arrived: the loader lets the CPU run at most two batches ahead
+        if step >= 2 and step % 10 == 0:
+            speed, loss = loader.tokens / loader.elapsed(), losses[step - 2].item()
             print(f"step {step:5d}  {loader.progress:6.1%}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
+    check(losses, len(losses) - 1)
     gc.unfreeze()
     gc.enable()
     finish(network, loader, depth=DEPTH, flops_per_token=flops_per_token(model))

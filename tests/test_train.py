@@ -137,4 +137,4 @@ def test_diverged_loss_is_a_crash(real_project: Project) -> None:
         [sys.executable, "train.py"], cwd=real_project.root, env=real_project.env | {"AUTORESEARCH_ARENA": "demo"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr == "error: the loss diverged: nan at step 0\n"
+    assert done.returncode == 1 and done.stderr.startswith("error: the loss diverged: nan at step ")

@@ -27,7 +27,7 @@ from autoresearch import checks, prompt, records
 from autoresearch.agents import Agent, AgentCall, ask, find_agent
 from autoresearch.display import Plain, standing
 from autoresearch.git import GitError, Repo
-from autoresearch.ledger import REFS, Ledger, hold, holder, read_history
+from autoresearch.ledger import PROGRAMS, REFS, Ledger, hold, holder, read_history
 from autoresearch.process import sweep
 from autoresearch.records import (
     EDITABLE,
@@ -91,14 +91,15 @@ def baseline(lab: Lab) -> None:
         if not isinstance(outcome, Finished):
             why, log = records.reason(outcome), folder / "run.log"
             raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
-        settle(lab, base, commit, outcome, [Reply("baseline", "", 0.0)], repairs=0)
+        settle(lab, base, commit, outcome, [Reply("baseline", "", 0.0)], 0, program(lab, base))
 
 
 def attempt(lab: Lab) -> bool:
     """One experiment: an idea, its run, at most two repairs, the verdict. False when the agent changed nothing."""
     with experiment(lab) as (base, folder):
         history = [recorded for _, recorded in lab.ledger.history]
-        edit = propose(lab, base, base, folder, prompt.brief(program(lab), lab.arena, history), turn=0)
+        taste = program(lab, base)
+        edit = propose(lab, base, base, folder, prompt.brief(taste, lab.arena, history), turn=0)
         if not edit.fresh:
             why = edit.reply.error or f"no line of train.py is different: {edit.reply.description}"
             lab.show(records.Stalled(lab.ledger.next_number, why))
@@ -106,14 +107,14 @@ def attempt(lab: Lab) -> bool:
         replies, idea, repairs = [edit.reply], subject(edit.reply), 0
         outcome = run(lab, edit, folder, idea)
         while isinstance(outcome, Crashed) and repairs < REPAIRS:
-            request = prompt.repair(program(lab), idea, outcome)
+            request = prompt.repair(taste, idea, outcome)
             mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
             replies.append(mend.reply)
             if not mend.fresh:
                 break
             edit, repairs = mend, repairs + 1
             outcome = run(lab, edit, folder, idea)
-        settle(lab, base, edit.commit, outcome, replies, repairs)
+        settle(lab, base, edit.commit, outcome, replies, repairs, taste)
     return True
 
 
@@ -148,14 +149,17 @@ def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: 
     tree = ledger.worktree()  # once more: the agent may have broken it
     paths = tuple(tree.changed(ledger.branch, base))
     commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,))
-    fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or bool(set(paths) - {EDITABLE})
-    return Edit(reply, paths, commit, fresh)
+    plain = (tree.tree / EDITABLE).is_file() and not (tree.tree / EDITABLE).is_symlink()
+    fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or not plain or bool(set(paths) - {EDITABLE})
+    return Edit(reply, paths, commit, fresh, plain)
 
 
 def run(lab: Lab, edit: Edit, folder: Path, idea: str) -> Outcome:
     """Train an edit, unless it touched more than train.py."""
     if foreign := tuple(path for path in edit.paths if path != EDITABLE):
         return Rejected(foreign)
+    if not edit.plain:
+        return Crashed("train.py was removed, or is no longer a plain file", "", 0.0)
     return train(lab, edit.commit, folder, idea)
 
 
@@ -170,20 +174,22 @@ def train(lab: Lab, commit: str, folder: Path, idea: str) -> Outcome:
     return run_training(tree.tree, lab.arena, seed=lab.seed, limit=lab.train_limit, log=log, mark=mark)
 
 
-def settle(lab: Lab, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int) -> None:
+def settle(lab: Lab, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int, taste: str) -> None:
     """Judge an experiment and record it for ever. Where the branch stands follows from the record."""
     ledger, machine = lab.ledger, lab.machine
     incumbent, best = ledger.incumbent_bpb, ledger.best.val_bpb if ledger.best else None
     added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
-    recorded = Experiment(
-        tag=ledger.tag, number=ledger.next_number, status=decide(outcome, added - removed, incumbent, best),
-        description=subject(replies[0]), reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name,
-        data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
-        driver=machine.driver or None, program=lab.checkout.store(lab.checkout.tree / "program.md"), added=added,
-        removed=removed, repairs=repairs, agent_seconds=sum(reply.seconds for reply in replies), incumbent=incumbent,
-        **records.facts_of(outcome),
-    )  # fmt: skip
-    lab.show(records.Settled(recorded, ledger.record(recorded, base, commit)))
+    program_blob = lab.checkout.store(taste, PROGRAMS)
+    with ledger.writing():
+        recorded = Experiment(
+            tag=ledger.tag, number=ledger.next_number, status=decide(outcome, added - removed, incumbent, best),
+            description=subject(replies[0]), reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name,
+            data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
+            driver=machine.driver or None, program=program_blob, added=added, removed=removed, repairs=repairs,
+            agent_seconds=sum(reply.seconds for reply in replies), incumbent=incumbent, **records.facts_of(outcome),
+        )  # fmt: skip
+        final = ledger.record(recorded, base, commit)
+    lab.show(records.Settled(recorded, final))
 
 
 def decide(outcome: Outcome, lines: int, incumbent: float | None, best_ever: float | None) -> Status:
@@ -207,9 +213,12 @@ def subject(reply: Reply) -> str:
     return records.one_line(reply.description, 120) or "an edit that was not described"
 
 
-def program(lab: Lab) -> str:
-    """program.md as the user has it now: read afresh for every call."""
-    return (lab.checkout.tree / "program.md").read_text(encoding="utf-8", errors="replace")
+def program(lab: Lab, base: str) -> str:
+    """program.md as the user has it now, read afresh for every experiment; while an editor swaps it, as committed."""
+    try:
+        return (lab.checkout.tree / "program.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return lab.checkout.show(base, "program.md")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +229,7 @@ def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> 
     """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
     sweep(ledger.folder)
     tip = checkout.resolve(f"refs/heads/{ledger.branch}")
-    expected = tip in (None, ledger.base) or (not ledger.history and checkout.contains("HEAD", tip or ""))
+    expected = tip is None or checkout.contains(ledger.base, tip) or tip in {commit for commit, _ in ledger.history}
     if not expected and not ledger.in_flight.exists():
         raise UserError(
             f"the branch {ledger.branch} has commits that are no experiments: keep them with "
@@ -238,6 +247,8 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
     agent, checkout = find_agent(options.agent), checks.open_checkout(ROOT)
     checks.check_tag(checkout, options.tag)
     seed = whole(os.environ.get("AUTORESEARCH_SEED", "42"))
+    if cache := os.environ.get("AUTORESEARCH_CACHE"):
+        os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())  # the same from the worktree
     if options.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
     if not Ledger(checkout, options.tag).history:
@@ -247,11 +258,11 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
         reconcile(checkout, ledger, show)
         show(records.Preparing(options.arena))
         arena = prepare_arena(ledger.worktree().tree, options.arena)
-        checks.check_arena(ledger, arena)
         limit = options.train_timeout or max(120.0, 2 * arena.budget)
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
         machine = find_machine(arena.name)
+        checks.check_comparable(ledger, arena, machine, seed)
         lab = Lab(checkout, ledger, arena, machine, agent, seed, limit, options.agent_timeout, show)
         before = len(ledger.history)
         show(records.Started(options.tag, ledger.branch, agent.name, arena, machine, before, ledger.incumbent_bpb))
@@ -352,8 +363,11 @@ def interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows only ASCII
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signum, interrupt)
     try:
         options = parse(argv)
         return status(options) if options.command == "status" else start(options, Plain())

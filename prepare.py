@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -279,10 +280,10 @@ def read_manifest(arena: Arena) -> dict | None:
     try:
         manifest = json.loads((arena.folder / "manifest.json").read_text())
         sizes = {name: (arena.folder / name).stat().st_size for name in manifest["files"]}
-    except (FileNotFoundError, ValueError, KeyError):
+        expected = {name: file["bytes"] for name, file in manifest["files"].items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = sizes == {name: file["bytes"] for name, file in manifest["files"].items()}
-    return manifest if whole and manifest.get("settings") == settings(arena) else None
+    return manifest if sizes == expected and manifest.get("settings") == settings(arena) else None
 
 
 def prepare(arena: Arena) -> dict:
@@ -353,11 +354,13 @@ class TrainLoader:
 
     Yields `(x, y)`, each int64 of shape (rows, T) on `device`; `rows` is one whole optimizer step, to be cut into
     micro-batches by the caller. The clock starts when the first batch is drawn and the loader stops yielding when
-    the budget is spent, so compile and warm up before, on random tokens. On a GPU it holds the CPU at most two
-    batches ahead, so that the clock reads what the GPU has done. The same seed gives the same rows.
+    the budget is spent, so compile and warm up before, on random tokens. A process has one clock, however many
+    loaders. On a GPU the CPU is held at most two batches ahead, so that the clock reads what the GPU has done. The
+    same seed gives the same rows.
     """
 
     AHEAD = 2
+    started: float | None = None    # of all loaders of the process: a second one gets no second budget
 
     def __init__(self, rows: int, device: str | torch.device):
         if rows < 1:
@@ -371,7 +374,6 @@ class TrainLoader:
         # a buffer is filled again only after the batch that used it was consumed
         self.buffers = [torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(self.AHEAD + 1)]
         self.consumed: list[torch.cuda.Event] = []
-        self.started: float | None = None
         self.seconds = 0.0  # of training, final once the loader has stopped
         self.steps = 0      # batches handed out
         self.stopped = False
@@ -394,9 +396,9 @@ class TrainLoader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.started is None:
+        if TrainLoader.started is None:
             self.synchronize()
-            self.started = time.perf_counter()
+            TrainLoader.started = time.perf_counter()
         self.wait()
         if self.stopped or self.elapsed() >= ARENA.budget:
             self.stop()
@@ -462,17 +464,18 @@ def evaluate(model: Logits, rows: np.ndarray, device: torch.device) -> tuple[flo
     exact, upstream = (torch.tensor(lengths, device=device) for lengths in tokenizer.byte_lengths())
     nats = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.int64, device=device)
-    first = None
-    for start in range(0, len(rows), size):
+    starts = range(0, len(rows), size)
+    probed = set(random.SystemRandom().sample(starts, PROBE_BATCHES))    # nobody can know which; the score is the same
+    for start in starts:
         batch = torch.from_numpy(rows[start : start + size].astype(np.int64)).to(device)
         x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         losses = score(model, x, y)
-        first = (x, y, losses) if first is None else first
-        if start < PROBE_BATCHES * size:
+        if start in probed:
             probe(model, x, y, losses)
+            again = x, y, losses
         nats += losses[exact[y] > 0].double().sum()
         counts += torch.stack([exact[y].sum(), upstream[y].sum()])
-    x, y, losses = first
+    x, y, losses = again
     expect_same(score(model, x, y), losses, AGAIN)
     bits, (exact_bytes, upstream_bytes) = nats.item() / math.log(2), counts.tolist()
     if not math.isfinite(bits):
@@ -500,6 +503,7 @@ def probe(model: Logits, x: torch.Tensor, y: torch.Tensor, losses: torch.Tensor)
     changed = score(model, torch.where(others, noise, x), y)
     expect_same(changed[mine], losses[mine], "the rows are not independent: other rows change a row's predictions")
     cuts = torch.randint(x.shape[1], (len(x), 1), generator=rng).to(x)
+    cuts[0], cuts[-1] = 0, x.shape[1] - 2
     later = torch.arange(x.shape[1], device=x.device) > cuts
     changed = score(model, torch.where(later, noise, x), y)
     expect_same(changed[~later], losses[~later], "the model is not causal: later tokens change earlier predictions")
@@ -532,6 +536,8 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
     if loader.elapsed() < ARENA.budget:
         fail(f"finish was called {ARENA.budget - loader.elapsed():.1f} s before the budget was spent")
     loader.stop()
+    if (late := time.perf_counter() - TrainLoader.started - loader.seconds) > 5:
+        fail(f"finish was called {late:.1f} s after the budget was spent")
     model.eval()
     val_bpb, val_bpb_upstream = evaluate(model, np.load(ARENA.folder / "val.npy"), loader.device)
     summary = {
@@ -589,7 +595,8 @@ def main() -> None:
     except ValueError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"cannot write {error.filename}: {error.strerror}; AUTORESEARCH_CACHE moves the cache")
+        where = error.filename or arena.folder
+        fail(f"cannot write {where}: {error.strerror or error}; AUTORESEARCH_CACHE moves the cache")
     tokens = ", ".join(f"{manifest['tokens'][split] / 1e6:.1f}M {split}" for split in SPLITS)
     print(f"{arena.name}: tokens {tokens} ({time.perf_counter() - start:.0f} s)")
     # the driver reads this last line; `data` names these very files, so that numbers from others are never compared

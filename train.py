@@ -9,6 +9,7 @@ One file, top to bottom: constants, model, optimizers, training. prepare.py owns
 
 import gc
 import os
+from collections import deque
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # read by torch when it is imported
 
@@ -339,10 +340,10 @@ def warm_up(model, network, rows):
     model.load_state_dict(before)
 
 
-def check(losses, step):
+def check(loss):
     """Stop at once when training has diverged: a run that is lost should not cost five minutes."""
-    if not losses[step] < 100:      # worded so that NaN fails
-        raise SystemExit(f"error: the loss diverged: {losses[step].item()} at step {step}")
+    if not loss < 100:      # worded so that NaN fails
+        raise SystemExit(f"error: the loss diverged: {loss.item()}")
 
 
 def main():
@@ -362,16 +363,17 @@ def main():
     gc.disable()
 
     loader = TrainLoader(rows, DEVICE)
-    losses = []
+    losses = deque(maxlen=3)
     for step, (x, y) in enumerate(loader):
         schedule(optimizers, step, loader.progress)
         losses.append(train_step(network, optimizers, x, y).to("cpu", non_blocking=True))
-        if step >= 2:
-            check(losses, step - 2)     # has arrived: the loader lets the CPU run at most two batches ahead
-        if step >= 2 and step % 10 == 0:
-            speed, loss = loader.tokens / loader.elapsed(), losses[step - 2].item()
+        if step < 2:
+            continue
+        check(losses[0])        # has arrived: the loader lets the CPU run at most two batches ahead
+        if step % 10 == 0:
+            speed, loss = loader.tokens / loader.elapsed(), losses[0].item()
             print(f"step {step:5d}  {loader.progress:6.1%}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
-    check(losses, len(losses) - 1)
+    check(losses[-1])
     gc.unfreeze()
     gc.enable()
     finish(network, loader, depth=DEPTH, flops_per_token=flops_per_token(model))

@@ -47,7 +47,7 @@ def find_agent(text: str) -> Agent:
     """A built-in agent by its name, else any shell command; UserError when its first word is no command."""
     if text in BUILT_IN:
         return BUILT_IN[text]
-    plain = re.match(r"\s*(?:\w+=\S*\s+)*([\w./+-]+)", text)  # the first word, unless it is more shell than word
+    plain = re.match(r"\s*([\w./+-]+)(\s|$)", text)  # the first word, unless it is more shell than word
     if not text.strip() or (plain and not is_command(plain[1])):
         names = ", ".join(sorted(BUILT_IN))
         raise UserError(f"unknown agent {one_line(text, 80)!r}: give {names}, or a command that is installed", 2)

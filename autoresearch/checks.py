@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from autoresearch.git import GitError, Repo
-from autoresearch.ledger import Ledger
-from autoresearch.records import Arena, UserError, one_line
+from autoresearch.ledger import REFS, Ledger
+from autoresearch.records import Arena, Machine, UserError, one_line
 from autoresearch.trial import check_syntax
 
 
@@ -41,10 +41,19 @@ def check_committed(checkout: Repo) -> None:
         raise UserError(broken.reason)
 
 
-def check_arena(ledger: Ledger, arena: Arena) -> None:
-    """Numbers are compared within one arena and one set of its files."""
-    if ledger.history:
-        first = ledger.history[0][1]
-        if (first.arena, first.data) != (arena.name, arena.data):
-            ran = f"ran in the arena {first.arena} with data {first.data}"
-            raise UserError(f"{ledger.tag} {ran}, and this is {arena.name} with {arena.data}: take another --tag")
+def check_comparable(ledger: Ledger, arena: Arena, machine: Machine, seed: int) -> None:
+    """Numbers are compared within one arena and its files, on one GPU, with one torch and one seed."""
+    if not ledger.history:
+        return
+    if not ledger.kept:
+        raise UserError(f"{ledger.tag} has lost its baseline, {REFS}/{ledger.tag}/0000: take another --tag")
+    first = ledger.history[0][1]
+    for name, then, now in (
+        ("arena", first.arena, arena.name),
+        ("data", first.data, arena.data),
+        ("GPU", first.gpu or "none", machine.gpu or "none"),
+        ("torch", first.torch, machine.torch),
+        ("seed", first.seed, seed),
+    ):
+        if then != now:
+            raise UserError(f"{ledger.tag} ran with {name} {then}, and this is {now}: take another --tag")

@@ -23,7 +23,7 @@ class Plain:
     """One timestamped line per event, for a terminal, a pipe or a log."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, markup=False)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def __call__(self, event: Event) -> None:
         style = event.experiment.status if isinstance(event, Settled) else ""
@@ -69,7 +69,7 @@ def outcome(e: Experiment) -> str:
 def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:
     """Where a run stands, in a few lines: counts, gain, rate, the kept ones, the last ten."""
     experiments = [experiment for _, experiment in history]
-    first, best = experiments[0], min((e for e in experiments if e.val_bpb), key=lambda e: e.val_bpb or 0.0)
+    first, best = experiments[0], min((e for e in experiments if e.status == "keep"), key=lambda e: e.val_bpb or 0.0)
     kept, discarded, crashed = (sum(e.status == s for e in experiments[1:]) for s in ("keep", "discard", "crash"))
     hours = sum(e.minutes for e in experiments) / 60
     state = f"running, {holder}" if holder else "not running"

@@ -12,7 +12,7 @@ FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_
 # Hooks and signing keys are for the commits of the user; ours are on disk before a ref says so (core.fsync).
 OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.quotePath=false",
            "-c", "core.fsmonitor=false", "-c", "core.sparseCheckout=false", "-c", "core.fsync=committed",
-           "-c", "gc.auto=0", "--no-optional-locks")  # fmt: skip
+           "-c", "gc.auto=0", "--no-optional-locks", "--no-replace-objects")  # fmt: skip
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
             for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
 
@@ -90,9 +90,15 @@ class Repo:
         """The hash of a file's content in a commit."""
         return self.git("rev-parse", f"{commit}:{path}").strip()
 
-    def store(self, path: Path) -> str:
-        """Keep a file's text in the object store and return the blob's hash."""
-        return self.git("hash-object", "-w", "--no-filters", str(path)).strip()
+    def store(self, text: str, refs: str) -> str:
+        """Keep a text as a blob, for ever by a ref of its own under `refs`, and return its hash."""
+        blob = self.git("hash-object", "-w", "--stdin", stdin=text).strip()
+        self.git("update-ref", f"{refs}/{blob}", blob)
+        return blob
+
+    def show(self, commit: str, path: str) -> str:
+        """A file's text in a commit."""
+        return self.git("cat-file", "blob", f"{commit}:{path}")
 
     def dirty(self, *paths: str) -> list[str]:
         """Those of the paths that differ from HEAD, untracked ones included."""
@@ -135,6 +141,7 @@ class Repo:
 
     def changed(self, branch: str, base: str) -> list[str]:
         """Every path that differs from `base`: edited, deleted, new, or committed by somebody else meanwhile."""
+        make_accessible(self.tree)
         self.attach(branch, base)
         edited = self.git("diff", "--name-only", "-z", "--no-renames", "--no-ext-diff", base)
         new = self.git("ls-files", "--others", "--exclude-standard", "-z")
@@ -157,11 +164,13 @@ class Repo:
             return {}
         return {name: os.environ.get(name, value) for name, value in IDENTITY.items()}
 
-    def point(self, ref: str, commit: str) -> None:
-        self.git("update-ref", ref, commit)
+    def create(self, ref: str, commit: str) -> None:
+        """Make a ref; GitError when there is one of that name."""
+        self.git("update-ref", ref, commit, "0" * len(commit))
 
     def reset(self, branch: str, commit: str) -> None:
         """Put branch and tree back to a commit and remove everything else, ignored files included."""
+        make_accessible(self.tree)
         self.attach(branch, commit)
         self.git("reset", "--quiet", "--hard", commit)
         self.git("clean", "--quiet", "-ffdx")
@@ -189,6 +198,8 @@ def run_git(*args: str, stdin: str | None = None, env: dict[str, str] | None = N
 def read_worktree(path: Path, common_dir: Path) -> Repo | None:
     """The worktree at a path when it is one of this repository's and git can use it, else None."""
     try:
+        if path.is_symlink():
+            return None
         own = Path((path / ".git").read_text().removeprefix("gitdir: ").strip())
         if own.parent != common_dir / "worktrees":
             return None
@@ -199,10 +210,24 @@ def read_worktree(path: Path, common_dir: Path) -> Repo | None:
         return None
 
 
+def make_accessible(tree: Path) -> None:
+    """Give back the permissions that somebody took from us, so that git can read and clean the tree."""
+    folders = [tree]
+    while folders:
+        folder = folders.pop()
+        if folder.stat().st_mode & 0o700 != 0o700:
+            folder.chmod(0o700)
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry))
+            elif entry.is_file(follow_symlinks=False) and not entry.stat().st_mode & 0o400:
+                Path(entry).chmod(0o600)
+
+
 def remove_tree(path: Path) -> None:
-    """Remove a tree that somebody may have left without permissions."""
-    for folder, _, _ in os.walk(path):
-        for inner in Path(folder).iterdir():
-            if inner.is_dir() and not inner.is_symlink():
-                inner.chmod(0o700)
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove whatever is at a path; of a link, the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        make_accessible(path)
+        shutil.rmtree(path)

@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from autoresearch.records import Experiment, UserError, message, parse_message
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
 REFS = "refs/autoresearch"
+PROGRAMS = "refs/autoresearch-program"  # every program.md that was ever in force
 
 
 class Ledger:
@@ -50,7 +52,7 @@ class Ledger:
     @property
     def best(self) -> Experiment | None:
         """The best ever kept; a tie that was kept since lies a little above it."""
-        return min((e for _, e in self.kept), key=lambda e: e.val_bpb or math.inf, default=None)
+        return min((e for _, e in self.kept), key=lambda e: math.inf if e.val_bpb is None else e.val_bpb, default=None)
 
     def worktree(self) -> Repo:
         """Open the worktree, made again if somebody broke it, and without the locks of a git that was killed."""
@@ -69,25 +71,35 @@ class Ledger:
             time = max(time, last + timedelta(microseconds=1))
         return time.isoformat(timespec="microseconds")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold results.tsv, and let no signal in: between the ref and its row nothing but SIGKILL can come."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        try:
+            with locked(self.table):
+                yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def record(self, experiment: Experiment, parent: str, commit: str) -> str:
         """Make `commit`'s files a child of `parent` with the experiment's trailers, for ever. Returns the new commit.
 
-        The ref is the moment of truth: before it nothing has happened, after it the row can be made again.
+        The ref is the moment of truth: before it nothing has happened, after it the row can be made again. To be
+        called within `writing`.
         """
         final = self.checkout.commit_tree(message(experiment), f"{commit}^{{tree}}", parent)
-        self.checkout.point(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
+        self.checkout.create(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
         # what is remembered is what was written, so that a row made now and one made again later are the same
         entry = (final, parse_message(message(experiment)))
         self.history.append(entry)
-        with locked(self.table):
-            append(self.table, row(*entry))
+        append(self.table, row(*entry))
         return final
 
     def rebuild(self) -> None:
         """Make results.tsv what the refs of all tags say. Lines that are not from there are put aside, not lost."""
-        entries = sorted(read_history(self.checkout), key=lambda e: (e[1].finished, e[1].tag, e[1].number))
-        table = HEADER + "".join(row(*entry) for entry in entries)
-        with locked(self.table):
+        with self.writing():
+            entries = sorted(read_history(self.checkout), key=lambda e: (e[1].finished, e[1].tag, e[1].number))
+            table = HEADER + "".join(row(*entry) for entry in entries)
             found = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
             if found == table:
                 return
@@ -101,14 +113,14 @@ class Ledger:
 
 
 def read_history(repo: Repo, tag: str = "*") -> list[tuple[str, Experiment]]:
-    """Recorded experiments of one tag, or of all, by name of their refs."""
+    """Recorded experiments of one tag, or of all, in the order of their numbers."""
     history = []
     for ref, commit, text in repo.messages(f"{REFS}/{tag}/*"):
         try:
             history.append((commit, parse_message(text)))
         except ValueError as error:
             raise UserError(f"{ref} is {error}; `git update-ref -d {ref}` removes it") from None
-    return history
+    return sorted(history, key=lambda entry: entry[1].number)
 
 
 def row(commit: str, experiment: Experiment) -> str:
@@ -159,7 +171,9 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{holder(folder)} is already running {folder.name}: one driver a tag") from None
+            raise UserError(
+                f"{holder(folder) or 'another process'} is already running {folder.name}: one driver a tag"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

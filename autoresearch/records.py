@@ -114,12 +114,14 @@ class Reply:
 @dataclass(frozen=True)
 class Edit:
     """What one agent call did to the tree: every path that now differs from the incumbent, and a commit of the
-    incumbent with train.py as it now is. `fresh` says whether that differs from what was there before the call."""
+    incumbent with train.py as it now is. `fresh` says whether that differs from what was there before the call,
+    `plain` whether train.py is still a file and no link."""
 
     reply: Reply
     paths: tuple[str, ...]
     commit: str
     fresh: bool
+    plain: bool
 
 
 # -----------------------------------------------------------------------------

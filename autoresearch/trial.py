@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -43,13 +44,18 @@ def reason_of(code: int, end: str) -> str:
     return one_line(lines[-1]) if lines else f"exit code {code} without a word"
 
 
+MAX_SOURCE = 1_000_000  # bytes; a program that a person can hold in their head is a twentieth of it
+
+
 def check_syntax(path: Path) -> Crashed | None:
     """Compile train.py without running it: a typo must not cost a run."""
+    if path.stat().st_size > MAX_SOURCE:
+        return Crashed(f"train.py is longer than {MAX_SOURCE / 1e6:g} MB", "", 0.0)
     try:
-        compile(path.read_bytes(), path.name, "exec")
-    except OSError:
-        return Crashed("train.py is missing", "", 0.0)
-    except (SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(path.read_bytes(), path.name, "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
         reason = f"train.py does not compile: {type(error).__name__}: {getattr(error, 'msg', error)}{where}"
         return Crashed(one_line(reason), one_line(f"{getattr(error, 'text', '') or ''}"), 0.0)
@@ -71,6 +77,8 @@ def read_summary(log: str, budget: float) -> Summary:
         raise ValueError("no summary was printed" if not blocks else f"{len(blocks)} summaries were printed")
     values = {field.name: read_value(blocks[0], field.name, field.type is int) for field in fields(Summary)}
     summary = Summary(**values)  # type: ignore[arg-type]
+    if summary.val_bpb <= 0:
+        raise ValueError(f"val_bpb is {summary.val_bpb:g}, and no text is that easy")
     # the clock is read between steps, so a run ends within a step of its budget
     if not 0.98 * budget <= summary.training_seconds <= 1.05 * budget + 2:
         raise ValueError(f"trained for {summary.training_seconds:g} s, and the budget is {budget:g} s")
@@ -103,10 +111,13 @@ def prepare_arena(tree: Path, name: str) -> Arena:
     env = {variable: value for variable, value in os.environ.items() if variable != "AUTORESEARCH_ARENA"}
     done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise UserError("", done.returncode)
-    last = done.stdout.strip().rpartition("\n")[2]
-    facts = json.loads(last.removeprefix("ready: "))
-    return Arena(facts["name"], facts["budget"], facts["data"], Path(facts["folder"]))
+        why = f"prepare.py was killed by signal {-done.returncode}" if done.returncode < 0 else ""
+        raise UserError(why, max(done.returncode, 1))
+    try:
+        facts = json.loads(done.stdout.strip().rpartition("\n")[2].removeprefix("ready: "))
+        return Arena(facts["name"], facts["budget"], facts["data"], Path(facts["folder"]))
+    except (ValueError, KeyError, TypeError):
+        raise UserError("prepare.py did not end with its line `ready: {...}`: restore it with git") from None
 
 
 def find_machine(arena: str) -> Machine:

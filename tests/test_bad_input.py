@@ -117,11 +117,17 @@ def test_checkout_on_the_runs_branch(project: Project) -> None:
     assert "git switch" in one_line(project.research("true", code=1))
 
 
-def test_another_arena(project: Project) -> None:
-    project.research("date >> notes")
-    (project.root / "runs/t/tree").joinpath("prepare.py").exists()
-    said = project.loop("--tag=t", "--arena=other", "--agent=true", code=1)
-    assert "take another --tag" in one_line(said)
+@pytest.mark.parametrize("what", ["arena", "seed"])
+def test_what_cannot_be_compared(project: Project, what: str) -> None:
+    """A run goes on only under the conditions that it started with."""
+    project.research("echo '# x' >> train.py")
+    arena = "other" if what == "arena" else "demo"
+    project.env["AUTORESEARCH_SEED"] = "7" if what == "seed" else "42"
+    if what == "arena":
+        text = (project.root / "autoresearch/trial.py").read_text()
+        project.write("autoresearch/trial.py", text.replace('if arena == "demo":', "if True:"))
+    said = one_line(project.loop("--tag=t", f"--arena={arena}", "--agent=true", code=1))
+    assert f"t ran with {what} " in said and "take another --tag" in said
 
 
 def test_train_py_that_does_not_compile(project: Project) -> None:
@@ -151,6 +157,7 @@ SUMMARY = QUICK_TRAIN[QUICK_TRAIN.index("print") :]
             SUMMARY.replace("{VAL_BPB:.6f}", "1.0").replace("seconds: 1.0", "seconds: 0.5"),
             "trained for 0.5 s, and the budget is 1 s",
         ),
+        (SUMMARY.replace("{VAL_BPB:.6f}", "-3.0"), "val_bpb is -3"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "low"), "val_bpb is not a number: low"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "1.0").replace("num_steps", "steps"), "the summary has 0 lines of num_steps"),
         ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),

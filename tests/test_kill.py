@@ -74,6 +74,23 @@ def test_asked_to_stop(project: Project, tmp_path: Path, signum: int) -> None:
     project.check()
 
 
+def test_nohup(project: Project, tmp_path: Path) -> None:
+    """A hang-up that the caller chose to ignore stays ignored."""
+    go = tmp_path / "go"
+    agent = f"while [ ! -e {go} ]; do sleep 0.05; done; echo '# x' >> train.py; echo on"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        driver = project.start(agent)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for((project.root / "runs/t/0001/prompt-0.md").exists)
+    driver.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    go.touch()
+    assert driver.wait(timeout=30) == 0
+    project.check()
+
+
 def test_killed_at_random(project: Project) -> None:
     """Fifteen kills at random instants of a run; then its history is what an undisturbed run would have."""
     rng = random.Random(0)

@@ -135,6 +135,9 @@ def test_a_broken_worktree_is_made_again(project: Project) -> None:
         "rm train.py; mkdir train.py; touch train.py/x",
         "printf 'a\\0b\\377' > train.py",
         "ln -sf /etc/passwd train.py",
+        "rm train.py",
+        "(printf 'x = '; yes '1+' | head -n 100000 | tr -d '\\n'; echo 1) > train.py",
+        "echo 'x = 1' > prepare.py; git replace $(git rev-parse HEAD:prepare.py) $(git hash-object -w prepare.py)",
     ],
 )
 def test_tricks_with_git_do_not_stop_the_next_experiment(project: Project, trick: str) -> None:
@@ -283,8 +286,24 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def test_program_in_force_is_kept(project: Project) -> None:
+    """The trailer names the text that the agent was given, though the user changed it meanwhile, and git keeps it."""
+    first = (project.root / "program.md").read_text()
+    project.research(f"echo new taste > {project.root}/program.md; {WORSE}")
+    project.git("gc", "--quiet", "--prune=now")
+    text = project.git("log", "-1", "--format=%B", project.rows()[1]["commit"])
+    assert project.git("cat-file", "blob", text.split("Program: ")[1].split()[0]) == first.strip()
+
+
+def test_a_terminal_of_ascii(project: Project) -> None:
+    project.env["PYTHONIOENCODING"] = "ascii"
+    project.research(f"{WORSE} > /dev/null; echo 'idée → :fire:'")
+    assert project.rows()[1]["description"] == "idée → :fire:"
+
+
 def test_status(project: Project) -> None:
     project.research(BETTER)
+    assert project.loop("status") == project.loop("status", "--tag=t")  # without a tag, the one that ran last
     said = project.loop("status", "--tag=t")
     assert (
         "t: not running" in said and "1 experiments" in said and "best 0.900000, experiment 1: lower the score" in said

@@ -123,6 +123,12 @@ def test_packed_rows_are_full_and_start_documents() -> None:
     assert (rows == pack_rows(documents(*range(2, 200)), 40, 33)).all()
 
 
+@pytest.fixture(autouse=True)
+def fresh_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has one clock; each test has its own."""
+    monkeypatch.setattr(TrainLoader, "started", None)
+
+
 @pytest.fixture
 def quick(cache: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.Arena:
     """The demo arena with a budget of a fifth of a second."""
@@ -144,12 +150,27 @@ def test_loader_is_the_clock(quick: prepare.Arena) -> None:
         next(loader)
 
 
-def test_the_seed_alone_orders_the_rows(quick: prepare.Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_loader_gets_no_second_budget(quick: prepare.Arena) -> None:
+    assert list(TrainLoader(4, "cpu"))
+    assert list(TrainLoader(4, "cpu")) == []
+
+
+def test_finish_long_after_the_budget(quick: prepare.Arena, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training that goes on with batches of its own after the loader has stopped."""
+    loader = TrainLoader(4, "cpu")
+    list(loader)
+    TrainLoader.started -= 10
+    with pytest.raises(SystemExit):
+        finish(Bigram(), loader, depth=1, flops_per_token=1.0)
+    assert "s after the budget was spent" in capsys.readouterr().err
+
+
+def test_the_seed_alone_orders_the_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = torch.cat([next(TrainLoader(2, "cpu"))[0], next(TrainLoader(2, "cpu"))[0]])
     assert (first[:2] == first[2:]).all()
     together, loader = next(TrainLoader(4, "cpu"))[0], TrainLoader(2, "cpu")
     assert (together == torch.cat([next(loader)[0], next(loader)[0]])).all()
-    monkeypatch.setattr(prepare, "ARENA", replace(quick, seed=7))
+    monkeypatch.setattr(prepare, "ARENA", replace(ARENA, seed=7))
     assert (next(TrainLoader(2, "cpu"))[0] != first[:2]).any()
 
 

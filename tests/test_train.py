@@ -1,4 +1,4 @@
-"""train.py on a CPU: the parts, and real runs of a second under the real loop."""
+"""train.py on a CPU: the parts, and real runs of seconds under the real loop."""
 
 import copy
 import subprocess
@@ -106,13 +106,13 @@ def test_micro_batches_make_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def real_project(tmp_path: Path, cache: Path) -> Project:
-    """The whole project as it is, but for a budget of a second instead of fifteen."""
+    """The whole project as it is, but for a budget of three seconds instead of fifteen."""
     root = tmp_path / "project"
     root.mkdir()
     copy_project(root)
     text = (root / "prepare.py").read_text()
     assert "budget=15.0" in text
-    (root / "prepare.py").write_text(text.replace("budget=15.0", "budget=1.0"))
+    (root / "prepare.py").write_text(text.replace("budget=15.0", "budget=3.0"))
     return commit_all(Project(root.resolve(), clean_environment(tmp_path) | {"AUTORESEARCH_CACHE": str(cache)}))
 
 
@@ -137,4 +137,4 @@ def test_diverged_loss_is_a_crash(real_project: Project) -> None:
         [sys.executable, "train.py"], cwd=real_project.root, env=real_project.env | {"AUTORESEARCH_ARENA": "demo"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith("error: the loss diverged: nan at step ")
+    assert done.returncode == 1 and done.stderr.startswith("error: the loss diverged: nan")

@@ -342,7 +342,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 

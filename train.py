@@ -41,7 +41,7 @@ DEPTH         = pick(2,     4,     6,     8,     8,     8)       # [1, 16] layer
 HEADS         = pick(2,     2,     3,     4,     4,     4)       # [1, 16] attention heads in a layer
 HEAD_DIM      = pick(48,    128,   128,   128,   128,   128)     # width of a head; the model's is HEADS * HEAD_DIM
 BATCH         = pick(2**12, 2**15, 2**16, 2**17, 2**18, 2**19)   # [2**10, 2**20] tokens in an optimizer step
-MICRO_BATCH   = pick(2**12, 2**13, 2**14, 2**15, 2**17, 2**18)   # tokens in a forward pass, bounded by memory
+MICRO_BATCH   = pick(2**12, 2**13, 2**14, 2**15, 2**16, 2**17)   # tokens in a forward pass, bounded by memory
 WINDOWS       = "SSSL"      # one letter a layer, repeated: L sees the whole row, S a part of it; the last layer is L
 SHORT_WINDOW  = 0.5         # [0.05, 1.0] reach of an S layer, as a share of the row
 MLP_RATIO     = 4           # [1, 8] hidden width of the MLP over the model's width
@@ -146,7 +146,8 @@ class GPT(nn.Module):
     def __init__(self):
         super().__init__()
         letters = (WINDOWS * DEPTH)[: DEPTH - 1] + "L"
-        self.windows = [-1 if letter == "L" else max(int(T * SHORT_WINDOW), 1) for letter in letters]
+        # not -1 for L: a window as long as the row is the same, and keeps every layer on one attention kernel
+        self.windows = [T if letter == "L" else max(int(T * SHORT_WINDOW), 1) for letter in letters]
         valued = range((DEPTH - 1) % 2, DEPTH, 2)       # layers with a value embedding: every second, and the last
         self.embed = nn.Embedding(V, WIDTH)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, WIDTH) for i in valued})
@@ -182,9 +183,8 @@ class GPT(nn.Module):
             if DEVICE == "cuda":
                 documents = document_offsets(x)
             else:
-                reach = {window: T if window < 0 else window for window in set(self.windows)}
-                documents = {window: document_mask(x, reach[window]) for window in reach}
-            h = start = norm(self.embed(x))
+                documents = {window: document_mask(x, window) for window in set(self.windows)}
+            h = start = norm(self.embed(x)).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
             for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
                 h = self.residual[i] * h + self.skip[i] * start
                 values = self.value_embeds[str(i)](x) if str(i) in self.value_embeds else None
@@ -199,7 +199,7 @@ def flops_per_token(model):
     tables = model.embed.weight.numel() + sum(t.weight.numel() for t in model.value_embeds.values())
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - tables
     # a causal query at position t sees min(t, window) keys; the mean over the row
-    keys = sum(T / 2 if w < 0 or w >= T else w - w * w / (2 * T) for w in model.windows)
+    keys = sum(w - w * w / (2 * T) for w in model.windows)
     return 6 * matrices + 12 * WIDTH * keys
 
 

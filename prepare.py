@@ -129,9 +129,11 @@ def split_of(path: str, held_out: float) -> str:
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Cut a source file at blank lines into documents of about `size` characters, so that most fit in a row whole."""
+    """Cut a source file at blank lines, or between lines where there are none for long, into documents of at most
+    `size` characters, so that most fit in a row whole; only a line can be longer."""
     document = ""
-    for block in re.split(r"(?<=\n\n)", text):
+    blocks = re.split(r"(?<=\n\n)", text)
+    for block in (part for b in blocks for part in (b.splitlines(keepends=True) if len(b) > size else [b])):
         if document and len(document) + len(block) > size:
             yield document
             document = ""
@@ -266,7 +268,7 @@ def pack_rows(documents: list[np.ndarray], rows: int, width: int) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # Making an arena: built in a folder beside it and renamed when whole
 
-FORMAT = 2  # of the files below; another number makes them again
+FORMAT = 1  # of the files below; another number makes them again
 
 
 def settings(arena: Arena) -> dict[str, object]:
@@ -324,6 +326,9 @@ def build(arena: Arena, folder: Path) -> dict:
         tokens = {split: encode(tokenizer, documents[split], arena, f"encode {split}", progress) for split in SPLITS}
     if len(tokenizer.tokens) + len(SPECIAL_TOKENS) != arena.vocab_size:
         raise ValueError(f"too little text for a vocabulary of {arena.vocab_size}")
+    trained = {ids.tobytes() for ids in tokens["train"]}      # pieces of long lines can be equal, a row of zeros say
+    for split in ("val", "sealed"):
+        tokens[split] = [ids for ids in tokens[split] if ids.tobytes() not in trained]
     tokenizer.save(folder / "tokenizer.json")
     np.concatenate(tokens["train"]).tofile(folder / "train.bin")
     np.save(folder / "offsets.npy", np.cumsum([0, *map(len, tokens["train"])]))

@@ -91,6 +91,8 @@ def test_cut_loses_nothing() -> None:
     text = "\n\n\n".join(f"class C{i}:\n    a = 1\n\n    b = 2" for i in range(50)) + "\n"
     pieces = list(cut(text, 60))
     assert "".join(pieces) == text and len(pieces) > 20 and max(map(len, pieces)) <= 60
+    table = "".join(f"    {i}: 'x',\n" for i in range(100))
+    assert "".join(cut(table, 60)) == table and max(map(len, cut(table, 60))) <= 60
 
 
 def test_tokenizer_round_trips(tmp_path: Path) -> None:

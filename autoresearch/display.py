@@ -71,12 +71,12 @@ def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:
     experiments = [experiment for _, experiment in history]
     first, best = experiments[0], min((e for e in experiments if e.status == "keep"), key=lambda e: e.val_bpb or 0.0)
     kept, discarded, crashed = (sum(e.status == s for e in experiments[1:]) for s in ("keep", "discard", "crash"))
-    hours = sum(e.minutes for e in experiments) / 60
+    minutes = sum(e.minutes for e in experiments)
     state = f"running, {holder}" if holder else "not running"
     return "\n".join(
         [
             f"{first.tag}: {state}; arena {first.arena}, branch autoresearch/{first.tag}",
-            f"{len(experiments) - 1} experiments, {hours:.1f} h: {kept} kept, {discarded} discarded, {crashed} crashed",
+            f"{len(experiments) - 1} experiments, {minutes:.0f} min: {kept} kept, {discarded} discarded, {crashed} crashed",
             f"baseline {first.val_bpb:.6f}; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}",
             "",
             *(outcome(e) for e in experiments[-10:]),

@@ -73,10 +73,11 @@ def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:
     kept, discarded, crashed = (sum(e.status == s for e in experiments[1:]) for s in ("keep", "discard", "crash"))
     minutes = sum(e.minutes for e in experiments)
     state = f"running, {holder}" if holder else "not running"
+    count = f"{len(experiments) - 1} experiments, {minutes:.0f} min"
     return "\n".join(
         [
             f"{first.tag}: {state}; arena {first.arena}, branch autoresearch/{first.tag}",
-            f"{len(experiments) - 1} experiments, {minutes:.0f} min: {kept} kept, {discarded} discarded, {crashed} crashed",
+            f"{count}: {kept} kept, {discarded} discarded, {crashed} crashed",
             f"baseline {first.val_bpb:.6f}; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}",
             "",
             *(outcome(e) for e in experiments[-10:]),

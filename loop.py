@@ -1,7 +1,7 @@
 """
 Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training decide.
 
-    uv run loop.py                      today's run on this machine's GPU, started or resumed
+    uv run loop.py --agent 'COMMAND'    today's run on this machine's GPU, started or resumed
     uv run loop.py --demo               any machine, no network, no key: five experiments of 15 s each
     uv run loop.py status               where it stands; works while it runs and after
 
@@ -293,7 +293,9 @@ def status(options: argparse.Namespace) -> int:
     checkout = checks.open_checkout(ROOT)
     history = read_history(checkout, options.tag or "*")
     if not history:
-        raise UserError(f"no experiments yet under {REFS}/{options.tag or ''}")
+        running = holder(ROOT / "runs" / (options.tag or ""))
+        why = f"; {running} is training the baseline" if running else ""
+        raise UserError(f"no experiments yet under {REFS}/{options.tag or ''}{why}")
     last = max(history, key=lambda entry: entry[1].finished)[1]
     mine = [entry for entry in history if entry[1].tag == last.tag]
     print(standing(mine, holder(ROOT / "runs" / last.tag)))
@@ -303,9 +305,10 @@ def status(options: argparse.Namespace) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").strip().splitlines()[0])
     today = date.today()
+    today_tag = f"{today:%b}{today.day}".lower()
     add = parser.add_argument
     add("command", nargs="?", choices=["run", "status"], default="run", help="what to do (default: run)")
-    add("--tag", help=f"name of the run and its branch (default: {today:%b}{today.day}, in lower case)")
+    add("--tag", help=f"name of the run and its branch (default: {today_tag})")
     add("--agent", help="random, or any shell command: prompt on standard input, idea on its last line of output")
     add("--arena", help="what to train on: python or demo (default: python)")
     add("--gpu", metavar="N", type=whole, help="which GPU (default: the first)")
@@ -318,12 +321,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="hard limit of a run (default: twice the budget, at least 120)",
     )
     add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
-    add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine, no network")
+    add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine")
     options = parser.parse_args(argv)
     if options.command == "status":
         return options
     demo = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
-    usual = {"tag": f"{today:%b}{today.day}".lower(), "arena": "python"}
+    usual = {"tag": today_tag, "arena": "python"}
     for name, value in (demo if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -73,7 +73,8 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     if ended.code is None:
         error = f"the agent was stopped after {call.limit:g} s"
     elif ended.code:
-        error = f"the agent ended with exit code {ended.code}: {one_line(process.tail(err) or process.tail(out), 300)}"
+        said = one_line(process.tail(err) or process.tail(out), 300) or "no output"
+        error = f"the agent ended with exit code {ended.code}: {said}"
     else:
         error = ""
     return Reply(description, reason, ended.seconds, error)

@@ -13,7 +13,8 @@ def open_checkout(root: Path) -> Repo:
     try:
         checkout = Repo.at(root)
     except GitError as error:
-        cure = f"`cd {root} && git init && git add -A && git commit -m start` makes it one"
+        commit = "git -c user.name=me -c user.email=me@localhost commit -m start"
+        cure = f"`cd {root} && git init && git add -A && {commit}` makes it one"
         raise UserError(f"{root} is not a git repository of its own: {cure} ({one_line(error.err, 80)})") from None
     if checkout.resolve("HEAD") is None:
         raise UserError("the repository has no commit yet: `git add -A && git commit -m start`")

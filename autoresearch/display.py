@@ -55,7 +55,7 @@ def text(event: Event) -> str:
             return f"put away what was unfinished: {commit[:10]}"
         case Stopped(reason, experiments, best):
             score = f"; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}" if best else ""
-            return f"stopped, {reason}; experiments run: {experiments}{score}"
+            return f"stopped: {reason}; recorded in this call, baseline included: {experiments}{score}"
 
 
 def outcome(e: Experiment) -> str:

@@ -42,10 +42,12 @@ from autoresearch.records import (
     Status,
     UserError,
 )
+from autoresearch.referee import review
 from autoresearch.trial import check_syntax, find_machine, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
 TIE = 0.0002  # val_bpb that a run repeats itself to
+MODEL = "model.pt2"  # in an experiment's folder
 REPAIRS = 2  # of one idea that crashed
 STALLS = 5  # agent calls in a row that changed nothing, before it is a person's matter
 
@@ -87,7 +89,7 @@ def baseline(lab: Lab) -> None:
     """Train what the user committed, as an empty commit: the first incumbent."""
     with experiment(lab) as (base, folder):
         commit = lab.ledger.worktree().commit("baseline\n", base)
-        outcome = train(lab, commit, folder, "baseline")
+        outcome = train(lab, base, commit, folder, "baseline")
         if not isinstance(outcome, Finished):
             why, log = records.reason(outcome), folder / "run.log"
             raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
@@ -105,7 +107,7 @@ def attempt(lab: Lab) -> bool:
             lab.show(records.Stalled(lab.ledger.next_number, why))
             return False
         replies, idea, repairs = [edit.reply], subject(edit.reply), 0
-        outcome = run(lab, edit, folder, idea)
+        outcome = run(lab, base, edit, folder, idea)
         while isinstance(outcome, Crashed) and repairs < REPAIRS:
             request = prompt.repair(taste, idea, outcome)
             mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
@@ -113,7 +115,7 @@ def attempt(lab: Lab) -> bool:
             if not mend.fresh:
                 break
             edit, repairs = mend, repairs + 1
-            outcome = run(lab, edit, folder, idea)
+            outcome = run(lab, base, edit, folder, idea)
         settle(lab, base, edit.commit, outcome, replies, repairs, taste)
     return True
 
@@ -154,41 +156,60 @@ def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: 
     return Edit(reply, paths, commit, fresh, plain)
 
 
-def run(lab: Lab, edit: Edit, folder: Path, idea: str) -> Outcome:
+def run(lab: Lab, base: str, edit: Edit, folder: Path, idea: str) -> Outcome:
     """Train an edit, unless it touched more than train.py."""
     if foreign := tuple(path for path in edit.paths if path != EDITABLE):
         return Rejected(foreign)
     if not edit.plain:
         return Crashed("train.py was removed, or is no longer a plain file", "", 0.0)
-    return train(lab, edit.commit, folder, idea)
+    return train(lab, base, edit.commit, folder, idea)
 
 
-def train(lab: Lab, commit: str, folder: Path, idea: str) -> Outcome:
-    """Train a commit in a tree that holds nothing else."""
-    tree = lab.ledger.worktree()
-    tree.reset(lab.ledger.branch, commit)
+def train(lab: Lab, base: str, commit: str, folder: Path, idea: str) -> Outcome:
+    """Train a commit in a tree that holds nothing else. What would be kept is scored by the referee first."""
+    ledger = lab.ledger
+    tree = ledger.worktree()
+    tree.reset(ledger.branch, commit)
     if broken := check_syntax(tree.tree / EDITABLE):
         return broken
-    lab.show(records.Training(lab.ledger.next_number, idea))
-    log, mark = folder / "run.log", lab.ledger.folder
-    return run_training(tree.tree, lab.arena, seed=lab.seed, limit=lab.train_limit, log=log, mark=mark)
+    lab.show(records.Training(ledger.next_number, idea))
+    model, log = folder / MODEL, folder / "run.log"
+    bar = math.inf if ledger.incumbent_bpb is None else ledger.incumbent_bpb + TIE
+    limit, mark = lab.train_limit, ledger.folder
+    ended = run_training(tree.tree, lab.arena, seed=lab.seed, bar=bar, model=model, limit=limit, log=log, mark=mark)
+    if altered := [path for path, _ in tree.altered(commit)]:
+        return Crashed(f"changed files while it ran: {', '.join(altered)}", "", ended.seconds)
+    if not isinstance(ended, Finished) or verdict(lab, base, commit, ended) != "keep":
+        return ended
+    tree.reset(ledger.branch, commit)
+    lab.show(records.Refereeing(ledger.next_number, ended.summary.val_bpb))
+    return review(tree.tree, lab.arena, ended, model=model, limit=limit, log=folder / "referee.log", mark=mark)
+
+
+def verdict(lab: Lab, base: str, commit: str, outcome: Outcome) -> Status:
+    added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
+    best = lab.ledger.best
+    return decide(outcome, added - removed, lab.ledger.incumbent_bpb, best.val_bpb if best else None)
 
 
 def settle(lab: Lab, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int, taste: str) -> None:
     """Judge an experiment and record it for ever. Where the branch stands follows from the record."""
     ledger, machine = lab.ledger, lab.machine
-    incumbent, best = ledger.incumbent_bpb, ledger.best.val_bpb if ledger.best else None
     added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
     program_blob = lab.checkout.store(taste, PROGRAMS)
     with ledger.writing():
         recorded = Experiment(
-            tag=ledger.tag, number=ledger.next_number, status=decide(outcome, added - removed, incumbent, best),
+            tag=ledger.tag, number=ledger.next_number, status=verdict(lab, base, commit, outcome),
             description=subject(replies[0]), reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name,
             data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
             driver=machine.driver or None, program=program_blob, added=added, removed=removed, repairs=repairs,
-            agent_seconds=sum(reply.seconds for reply in replies), incumbent=incumbent, **records.facts_of(outcome),
+            agent_seconds=sum(reply.seconds for reply in replies), incumbent=ledger.incumbent_bpb,
+            **records.facts_of(outcome),
         )  # fmt: skip
         final = ledger.record(recorded, base, commit)
+    for model in ledger.folder.glob(f"*/{MODEL}"):  # large, and only the incumbent's is worth its room
+        if recorded.status != "keep" or model.parent.name != f"{recorded.number:04d}":
+            model.unlink()
     lab.show(records.Settled(recorded, final))
 
 
@@ -310,7 +331,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("command", nargs="?", choices=["run", "status"], default="run", help="what to do (default: run)")
     add("--tag", help=f"name of the run and its branch (default: {today_tag})")
     add("--agent", help="random, or any shell command: prompt on standard input, idea on its last line of output")
-    add("--arena", help="what to train on: python or demo (default: python)")
+    add("--arena", help="what to train on: climbmix, tinystories, python, demo or ./a/folder (default: climbmix)")
     add("--gpu", metavar="N", type=whole, help="which GPU (default: the first)")
     add("--experiments", metavar="N", type=whole, help="stop after so many, the baseline not counted")
     add("--hours", metavar="H", type=positive, help="start no experiment after so many hours")
@@ -326,12 +347,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.command == "status":
         return options
     demo = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
-    usual = {"tag": today_tag, "arena": "python"}
+    usual = {"tag": today_tag, "arena": "climbmix"}
     for name, value in (demo if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.agent is None:
         parser.error("--agent is missing: 'random', or a command such as 'claude -p'")
+    if os.sep in options.arena:  # the same from the worktree
+        options.arena = str(Path(options.arena).expanduser().resolve())
     if options.train_timeout is not None and options.train_timeout < 120:
         parser.error("--train-timeout must be at least 120 s")
     return options

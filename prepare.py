@@ -9,38 +9,46 @@ scored in this file is the same for every experiment.
 """
 
 import argparse
-import base64
 import fcntl
 import hashlib
+import importlib
 import json
 import math
 import os
 import random
 import re
 import resource
-import shutil
 import sys
 import sysconfig
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import rustbpe
-import tiktoken
+import pyarrow
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from autoresearch import text
+from autoresearch.hub import download
+from autoresearch.records import UserError
+from autoresearch.text import SPECIAL_TOKENS, Piece, Tokenizer
+
 IMPORTED = time.perf_counter()
 
 # -----------------------------------------------------------------------------
 # The arenas
+
+
+SPLITS = ("train", "val", "sealed")
+CLIMBMIX_VAL = 40 * 2**19       # tokens, as upstream scores
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Arena:
     vocab_size: int         # V, special tokens included
     budget: float           # seconds of training
     val_tokens: int         # scored validation tokens; as many again are sealed
-    held_out: float         # share of the files that goes to validation, and as much to the sealed set
+    held_out: float = 0.0   # share of the text that is drawn for validation, and as much for the sealed set
     seed: int = 42          # order of the training text and the model's start; the driver's, never the agent's
 
     @property
@@ -63,36 +71,49 @@ class Arena:
     @property
     def eval_rows(self) -> int:
         """Rows in one evaluation batch, the (B, T) that `finish` calls the model with."""
-        return min(2**15, self.val_tokens // 8) // self.sequence_len
+        return max(min(2**15, self.val_tokens // 64) // self.sequence_len, 1)
 
     @property
     def val_rows(self) -> int:
         return self.val_tokens // self.sequence_len
 
     @property
+    def is_folder(self) -> bool:
+        """Whether the text is the user's own."""
+        return os.sep in self.name
+
+    @property
     def folder(self) -> Path:
-        cache = os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch"
-        return Path(cache) / self.name
+        return cache() / (f"{Path(self.name).name}-{text.digest(self.name)}" if self.is_folder else self.name)
+
+
+def cache() -> Path:
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 
 
 ARENAS = {
     arena.name: arena
     for arena in (
+        Arena("climbmix", sequence_len=2048, vocab_size=8192, budget=300.0, val_tokens=CLIMBMIX_VAL),
+        Arena("tinystories", sequence_len=512, vocab_size=4096, budget=300.0, val_tokens=2**20),
         Arena("python", sequence_len=2048, vocab_size=8192, budget=300.0, val_tokens=2**22, held_out=1 / 8),
         Arena("demo", sequence_len=256, vocab_size=1024, budget=15.0, val_tokens=2**16, held_out=1 / 16),
     )
 }
-DEFAULT_ARENA = "python"
+DEFAULT_ARENA = "climbmix"
 
 
-def arena_from_environment() -> Arena:
-    """The arena and seed that the driver chose: AUTORESEARCH_ARENA and AUTORESEARCH_SEED."""
-    name, seed = os.environ.get("AUTORESEARCH_ARENA", DEFAULT_ARENA), os.environ.get("AUTORESEARCH_SEED", "42")
-    if name not in ARENAS:
-        fail(f"unknown arena {name!r} in AUTORESEARCH_ARENA: choose one of {', '.join(sorted(ARENAS))}")
-    if not seed.isdecimal() or int(seed) >= 2**63:
-        fail(f"AUTORESEARCH_SEED must be a whole number below 2**63, not {seed!r}")
-    return replace(ARENAS[name], seed=int(seed))
+def find_arena(name: str) -> Arena:
+    """An arena by its name, or the one of a folder by its path; UserError when there is none."""
+    if name in ARENAS:
+        return ARENAS[name]
+    folder = Path(name).expanduser().resolve()
+    if os.sep not in name or not folder.is_dir():
+        choices = ", ".join(ARENAS)
+        raise UserError(f"unknown arena {name!r}: choose one of {choices}, or a folder of your own, as in ./texts", 2)
+    arena = replace(ARENAS["climbmix"], name=str(folder))
+    made = load_manifest(arena).get("settings", {})
+    return replace(arena, val_tokens=made.get("val_tokens", 2**20), held_out=made.get("held_out", 0.0))
 
 
 def fail(reason: str, code: int = 1) -> NoReturn:
@@ -101,12 +122,79 @@ def fail(reason: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
-ARENA = arena_from_environment()
-
 # -----------------------------------------------------------------------------
-# Text: the Python sources of this environment, the same on every machine with the same packages
+# Where the text comes from: for each split, the pieces that it consists of
 
-SPLITS = ("train", "val", "sealed")
+Text = dict[str, list[Piece]]
+SHARDS = 16     # of climbmix, unless said: 4 GB of text, and 1e9 tokens
+
+
+def find_text(arena: Arena, shards: int, progress: Progress) -> Text:
+    """Have the text of an arena on disk; UserError when it cannot be had."""
+    if arena.is_folder:
+        return own_text(arena)
+    if arena.name == "climbmix":
+        return climbmix(shards)
+    if arena.name == "tinystories":
+        return tinystories()
+    return python_sources(arena, progress)
+
+
+def climbmix(shards: int) -> Text:
+    """The first shards for training; validation is the last one and the sealed set the last but one, for ever."""
+    names = [f"shard_{i:05d}.parquet" for i in (*range(shards), 6542, 6541)]
+    folder = cache() / "downloads" / "climbmix-400b-shuffle"
+    download("karpathy/climbmix-400b-shuffle", names, folder, grow=1.5)
+    *train, val, sealed = (text.cut_parquet(folder / name) for name in names)
+    return {"train": [piece for shard in train for piece in shard], "val": val, "sealed": sealed}
+
+
+def tinystories() -> Text:
+    folder, name = cache() / "downloads" / "tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
+    download("karpathy/tinystories-gpt4-clean", [name], folder, grow=1.5)
+    rows = {"sealed": (0, 10_000), "val": (10_000, 20_000), "train": (20_000, sys.maxsize)}
+    return {split: text.cut_parquet(folder / name, *rows[split]) for split in SPLITS}
+
+
+def own_files(arena: Arena) -> list[Path]:
+    found = (path for path in Path(arena.name).rglob("*") if path.suffix in (".parquet", ".txt") and path.is_file())
+    if not (files := sorted(found)):
+        raise UserError(f"{arena.name} has no .parquet or .txt file")
+    return files
+
+
+def own_arena(arena: Arena) -> Arena:
+    """Size the held-out sets by the text: a 32nd of it each, as a power of two, and drawn with some to spare."""
+    size = sum(text.size_of(path) for path in own_files(arena))
+    tokens = size / 4       # about, in a vocabulary of this size
+    least = 64 * arena.sequence_len
+    if tokens / 32 < least:
+        needed = 32 * 4 * least / 1e6
+        raise UserError(f"{arena.name} has {size / 1e6:.1f} MB of text, and an arena needs {needed:.0f} MB")
+    val_tokens = min(2 ** int(math.log2(tokens / 32)), CLIMBMIX_VAL)
+    return replace(arena, val_tokens=val_tokens, held_out=2 * val_tokens / tokens)
+
+
+def own_text(arena: Arena) -> Text:
+    """Each document is held out or not by a hash of itself, so that equal ones stay together."""
+    files = own_files(arena)
+    pieces = text.cut_txt(path for path in files if path.suffix == ".txt")
+    pieces += [piece for path in files if path.suffix == ".parquet" for piece in text.cut_parquet(path)]
+    h = arena.held_out
+    shares = {"train": (2 * h, 1.0), "val": (0.0, h), "sealed": (h, 2 * h)}
+    return {split: [replace(piece, share=shares[split]) for piece in pieces] for split in SPLITS}
+
+
+def python_sources(arena: Arena, progress: Progress) -> Text:
+    """The Python sources of this environment, the same on every machine with the same packages."""
+    pieces = {}
+    for split, documents in collect(arena, progress).items():
+        path = arena.folder / f"{split}-{text.digest(documents)}.parquet"
+        if not path.exists():
+            with whole(path) as fresh:
+                pq.write_table(pyarrow.table({"text": documents}), fresh, row_group_size=2**12)
+        pieces[split] = text.cut_parquet(path)
+    return pieces
 
 
 def source_roots(arena: Arena) -> list[Path]:
@@ -124,15 +212,15 @@ def source_files(root: Path) -> list[Path]:
 
 def split_of(path: str, held_out: float) -> str:
     """Assign a file to train, val or sealed by a hash of its path: stable when other files come and go."""
-    draw = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+    draw = text.draw(path)
     return "val" if draw < held_out else "sealed" if draw < 2 * held_out else "train"
 
 
-def cut(text: str, size: int) -> Iterator[str]:
+def cut(source: str, size: int) -> Iterator[str]:
     """Cut a source file at blank lines, or between lines where there are none for long, into documents of at most
     `size` characters, so that most fit in a row whole; only a line can be longer."""
     document = ""
-    blocks = re.split(r"(?<=\n\n)", text)
+    blocks = re.split(r"(?<=\n\n)", source)
     for block in (part for b in blocks for part in (b.splitlines(keepends=True) if len(b) > size else [b])):
         if document and len(document) + len(block) > size:
             yield document
@@ -149,70 +237,15 @@ def collect(arena: Arena, progress: Progress) -> dict[str, list[str]]:
     seen: set[str] = set()
     for root, path in progress.track(files, description="read sources"):
         try:
-            text = path.read_text(encoding="utf-8")
+            source = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):       # deliberately broken files are part of the standard library's tests
             continue
         split = documents[split_of(path.relative_to(root).as_posix(), arena.held_out)]
-        for document in cut(text, size=2 * arena.sequence_len):
+        for document in cut(source, size=2 * arena.sequence_len):
             if document not in seen:
                 seen.add(document)
                 split.append(document)
     return documents
-
-
-# -----------------------------------------------------------------------------
-# Tokenizer: trained by rustbpe, run by tiktoken, kept as JSON
-
-# They come after the ordinary tokens; BOS is the first of them.
-SPECIAL_TOKENS = ("<|bos|>", "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>")
-# GPT-4's split, but numbers in groups of one or two digits: a small vocabulary has no room for a thousand triples.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
-    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
-
-
-class Tokenizer:
-    """Text to token ids and back: any string and any bytes round-trip."""
-
-    def __init__(self, tokens: list[bytes], pattern: str):
-        self.tokens = tokens
-        self.pattern = pattern
-        specials = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding(
-            "autoresearch", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-        )
-        self.bos = len(tokens)
-
-    @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator(iter(documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-        ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
-        return cls([token for _, token in ranks], SPLIT_PATTERN)
-
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        stored = json.loads(path.read_text())
-        return cls([base64.b64decode(token) for token in stored["tokens"]], stored["pattern"])
-
-    def save(self, path: Path) -> None:
-        tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        path.write_text(json.dumps({"pattern": self.pattern, "special": SPECIAL_TOKENS, "tokens": tokens}))
-
-    def encode_documents(self, documents: list[str]) -> list[np.ndarray]:
-        """Encode each document into uint16 ids that start with BOS."""
-        encoded = self.encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
-        return [np.array([self.bos, *ids], dtype=np.uint16) for ids in encoded]
-
-    def byte_lengths(self) -> tuple[list[int], list[int]]:
-        """Bytes of each token, exact and as upstream counts them (a token that is not UTF-8 by itself reads as
-        U+FFFD, 3 bytes for each replacement). Special tokens have none."""
-        exact = [len(token) for token in self.tokens]
-        upstream = [len(token.decode("utf-8", errors="replace").encode()) for token in self.tokens]
-        none = [0] * len(SPECIAL_TOKENS)
-        return exact + none, upstream + none
 
 
 # -----------------------------------------------------------------------------
@@ -252,23 +285,58 @@ class Packer:
         return self.waiting.pop(i)[:space]
 
 
-def pack_rows(documents: list[np.ndarray], rows: int, width: int) -> np.ndarray:
-    """Pack shuffled documents into (rows, width) uint16 once and for all; ValueError when they do not suffice."""
-    order = np.random.default_rng(0).permutation(len(documents))
-    packer = Packer(documents[i] for i in order)
+def split_long(document: np.ndarray, width: int) -> Iterator[np.ndarray]:
+    """Split a document into pieces of at most `width` tokens that each start with its BOS: one that never fits would be
+    cropped and, worse, wait in the packer's buffer until nothing else is left in it."""
+    if len(document) <= width:
+        yield document
+        return
+    bos, rest = document[:1], document[1:]
+    for start in range(0, len(rest), width - 1):
+        yield np.concatenate([bos, rest[start : start + width - 1]])
+
+
+class Documents:
+    """The documents of some token files, by number; read from disk as they are asked for."""
+
+    def __init__(self, folder: Path, stems: list[str]):
+        self.tokens: list[np.ndarray] = []
+        self.file: np.ndarray       # of each document
+        self.start: np.ndarray
+        self.stop: np.ndarray
+        offsets = [np.load(folder / f"{stem}.npy") for stem in stems]
+        for stem, ends in zip(stems, offsets, strict=True):
+            path = folder / f"{stem}.bin"
+            # np.asarray: slices of a plain array cost a third of slices of a memmap, which cannot be empty
+            self.tokens.append(np.asarray(np.memmap(path, np.uint16, "r")) if ends[-1] else np.empty(0, np.uint16))
+        self.file = np.repeat(np.arange(len(stems)), [len(ends) - 1 for ends in offsets])
+        self.start = np.concatenate([ends[:-1] for ends in offsets])
+        self.stop = np.concatenate([ends[1:] for ends in offsets])
+
+    def shuffled(self, rng: np.random.Generator, width: int) -> Iterator[np.ndarray]:
+        """Every document once, in an order of `rng`'s, cut to at most `width` tokens."""
+        order = rng.permutation(len(self.file))
+        for file, start, stop in zip(self.file[order], self.start[order], self.stop[order], strict=True):
+            yield from split_long(self.tokens[file][start:stop], width)
+
+
+def pack_rows(documents: Iterator[np.ndarray], rows: int, width: int) -> np.ndarray:
+    """Pack documents into (rows, width) uint16 once and for all; UserError when they do not suffice."""
+    packer = Packer(documents)
     packed = np.empty((rows, width), dtype=np.uint16)
     try:
         for row in packed:
             packer.fill(row)
     except StopIteration:
-        raise ValueError(f"too little held-out text for {rows} rows of {width} tokens") from None
+        raise UserError(f"too little held-out text for {rows} rows of {width} tokens: add more") from None
     return packed
 
 
 # -----------------------------------------------------------------------------
-# Making an arena: built in a folder beside it and renamed when whole
+# Making an arena. A file's name holds a hash of all that it depends on, and it is there whole or not at all: whatever
+# stops the work, the next call does what is left, and a changed setting makes what it must and no more.
 
-FORMAT = 1  # of the files below; another number makes them again
+FORMAT = 2  # of the files below; another number makes them again
 
 
 def settings(arena: Arena) -> dict[str, object]:
@@ -277,35 +345,57 @@ def settings(arena: Arena) -> dict[str, object]:
     return {"format": FORMAT, **{k: facts[k] for k in ("name", "sequence_len", "vocab_size", "val_tokens", "held_out")}}
 
 
-def read_manifest(arena: Arena) -> dict | None:
-    """The manifest when every file it lists is there whole and was made with today's settings, else None."""
+def load_manifest(arena: Arena) -> dict:
+    """The manifest as it stands, empty when there is none that can be read."""
     try:
         manifest = json.loads((arena.folder / "manifest.json").read_text())
-        sizes = {name: (arena.folder / name).stat().st_size for name in manifest["files"]}
-        expected = {name: file["bytes"] for name, file in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return manifest if isinstance(manifest, dict) else {}
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return {}
+
+
+def read_manifest(arena: Arena) -> dict | None:
+    """The manifest when every file it lists is there with its size and was made with today's settings, else None."""
+    manifest = load_manifest(arena)
+    try:
+        whole = all((arena.folder / name).stat().st_size == file["bytes"] for name, file in manifest["files"].items())
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, PermissionError):
             raise
         return None
-    return manifest if sizes == expected and manifest.get("settings") == settings(arena) else None
+    return manifest if whole and manifest.get("settings") == settings(arena) else None
 
 
-def prepare(arena: Arena) -> dict:
-    """Make the files of an arena unless they are there, and return the manifest. Two callers wait for each other."""
-    arena.folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(arena.folder.with_suffix(".lock")):
-        manifest = read_manifest(arena)
-        if manifest and manifest["files"] == {name: describe(arena.folder / name) for name in manifest["files"]}:
+def prepare(arena: Arena, shards: int | None = None) -> dict:
+    """Make the files of an arena unless they are there, and return the manifest. Two callers wait for each other.
+
+    `shards` is for climbmix; None leaves what is there. UserError when the text cannot be had or does not suffice.
+    """
+    arena.folder.mkdir(parents=True, exist_ok=True)
+    with locked(arena.folder.with_name(arena.folder.name + ".lock")):
+        if arena.is_folder:
+            arena = own_arena(arena)
+        before = load_manifest(arena)
+        source = find_source(arena, shards, before)
+        for name in before.get("files", {}):
+            if (arena.folder / name).exists() and describe(arena.folder / name) != before["files"][name]:
+                (arena.folder / name).unlink()      # damaged, and trusted by its name if it stayed
+        if read_manifest(arena) and before["source"] == source:
             print(f"{arena.name}: already prepared, nothing to do")
-            return manifest
-        fresh = arena.folder.with_suffix(".new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        manifest = build(arena, fresh)
-        os.sync()       # whole on disk before it counts
-        shutil.rmtree(arena.folder, ignore_errors=True)
-        fresh.rename(arena.folder)
-        return manifest
+            return before
+        return build(arena, source)
+
+
+def find_source(arena: Arena, shards: int | None, before: dict) -> dict[str, object]:
+    """What the text is taken from, as far as it can change."""
+    if arena.is_folder:
+        files = [(str(path), path.stat()) for path in own_files(arena)]
+        return {"files": text.digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])}
+    if arena.name == "climbmix":
+        return {"shards": shards or before.get("source", {}).get("shards", SHARDS)}
+    return {}
 
 
 @contextmanager
@@ -315,50 +405,76 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def build(arena: Arena, folder: Path) -> dict:
-    """Write tokenizer.json, train.bin, offsets.npy, val.npy, sealed.npy and, last, manifest.json into a folder."""
-    label = TextColumn("{task.description:<22}")
-    columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; the file gets its own when it is on disk."""
+    fresh = path.with_name(path.name + ".new")
+    yield fresh
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def build(arena: Arena, source: dict) -> dict:
+    """Make what is missing: the tokenizer, a token file and its offsets for each piece, val and sealed rows, and last
+    the manifest, which names them all."""
+    folder = arena.folder
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        documents = collect(arena, progress)
-        training = progress.track(documents["train"], description="train the tokenizer")
-        tokenizer = Tokenizer.train(training, arena.vocab_size)
-        tokens = {split: encode(tokenizer, documents[split], arena, f"encode {split}", progress) for split in SPLITS}
-    if len(tokenizer.tokens) + len(SPECIAL_TOKENS) != arena.vocab_size:
-        raise ValueError(f"too little text for a vocabulary of {arena.vocab_size}")
-    trained = {ids.tobytes() for ids in tokens["train"]}      # pieces of long lines can be equal, a row of zeros say
-    for split in ("val", "sealed"):
-        tokens[split] = [ids for ids in tokens[split] if ids.tobytes() not in trained]
-    tokenizer.save(folder / "tokenizer.json")
-    np.concatenate(tokens["train"]).tofile(folder / "train.bin")
-    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, tokens["train"])]))
-    for split in ("val", "sealed"):
-        np.save(folder / f"{split}.npy", pack_rows(tokens[split], arena.val_rows, arena.sequence_len + 1))
+        pieces = find_text(arena, source.get("shards", 0), progress)
+        tokenizer = make_tokenizer(arena, pieces["train"], progress)
+        stems = {
+            split: [f"{split}-{text.digest(FORMAT, tokenizer.name, piece.identity)}" for piece in pieces[split]]
+            for split in SPLITS
+        }
+        pairs = (pair for split in SPLITS for pair in zip(stems[split], pieces[split], strict=True))
+        jobs = {folder / stem: piece for stem, piece in pairs}
+        missing = {stem: piece for stem, piece in jobs.items() if not stem.with_suffix(".npy").exists()}
+        list(progress.track(text.tokenize(tokenizer, missing), total=len(missing), description="tokenize"))
+        rows = {split: make_rows(arena, split, stems[split], progress) for split in ("val", "sealed")}
+    files = [tokenizer.name, *(f"{stem.name}{end}" for stem in jobs for end in (".bin", ".npy")), *rows.values()]
+    texts = {Path(path).name for piece in jobs.values() for path in piece.paths if Path(path).parent == folder}
+    described = {name: describe(folder / name) for name in sorted({*files, *texts})}
     manifest = {
         "settings": settings(arena),
-        "documents": {split: len(documents[split]) for split in SPLITS},
-        "tokens": {split: int(sum(map(len, tokens[split]))) for split in SPLITS},
-        "files": {path.name: describe(path) for path in sorted(folder.iterdir())},
+        "source": source,
+        # names the content, so that numbers from other files are never compared
+        "data": text.digest([described[name]["sha256"] for name in files]),
+        "tokenizer": tokenizer.name,
+        "train": stems["train"],
+        **rows,
+        "tokens": {split: sum(described[f"{stem}.bin"]["bytes"] // 2 for stem in stems[split]) for split in SPLITS},
+        "files": described,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with whole(folder / "manifest.json") as path:
+        path.write_text(json.dumps(manifest, indent=1))
+    for path in folder.iterdir():
+        if path.name not in described and path.name != "manifest.json":
+            path.unlink()
     return manifest
 
 
-def encode(
-    tokenizer: Tokenizer, documents: list[str], arena: Arena, label: str, progress: Progress
-) -> list[np.ndarray]:
-    """Encode documents; those that are longer than a row become several, since one that never fits would be cropped
-    and, worse, wait in the packer's buffer until nothing else is left in it."""
-    chunks = [documents[i : i + 1024] for i in range(0, len(documents), 1024)]
-    encoded = (ids for chunk in progress.track(chunks, description=label) for ids in tokenizer.encode_documents(chunk))
-    return [piece for ids in encoded for piece in split_long(ids, arena.sequence_len + 1)]
+def make_tokenizer(arena: Arena, pieces: list[Piece], progress: Progress) -> Path:
+    """Train the tokenizer on the first pieces that hold enough text: later ones do not change it."""
+    enough = pieces[: 2 * text.TRAIN_CHARACTERS // text.PIECE]
+    path = arena.folder / f"tokenizer-{text.digest(FORMAT, arena.vocab_size, [p.identity for p in enough])}.json"
+    if not path.exists():
+        tracked = progress.track(enough, description="train the tokenizer")
+        with whole(path) as fresh:
+            documents = (document for piece in tracked for document in piece.documents())
+            Tokenizer.train(documents, arena.vocab_size).save(fresh)
+    return path
 
 
-def split_long(document: np.ndarray, width: int) -> Iterator[np.ndarray]:
-    """Split a document into pieces of at most `width` tokens that each start with its BOS."""
-    bos, text = document[:1], document[1:]
-    for start in range(0, max(len(text), 1), width - 1):
-        yield np.concatenate([bos, text[start : start + width - 1]])
+def make_rows(arena: Arena, split: str, stems: list[str], progress: Progress) -> str:
+    """Pack the rows of a held-out split and store them, so that no batch size can drop or reorder them."""
+    name = f"{split}-{text.digest(FORMAT, stems, arena.val_tokens, arena.sequence_len)}-rows.npy"
+    if not (arena.folder / name).exists():
+        width = arena.sequence_len + 1
+        documents = Documents(arena.folder, stems).shuffled(np.random.default_rng(0), width)
+        with whole(arena.folder / name) as fresh, fresh.open("wb") as file:
+            np.save(file, pack_rows(documents, arena.val_rows, width))
+    return name
 
 
 def describe(path: Path) -> dict:
@@ -370,34 +486,86 @@ def describe(path: Path) -> dict:
 # Training batches, and the clock
 
 
+def arena_from_environment() -> Arena:
+    """The arena and seed that the driver chose: AUTORESEARCH_ARENA and AUTORESEARCH_SEED."""
+    name, seed = os.environ.get("AUTORESEARCH_ARENA", DEFAULT_ARENA), os.environ.get("AUTORESEARCH_SEED", "42")
+    if not seed.isdecimal() or int(seed) >= 2**63:
+        fail(f"AUTORESEARCH_SEED must be a whole number below 2**63, not {seed!r}")
+    try:
+        return replace(find_arena(name), seed=int(seed))
+    except UserError as error:
+        fail(f"AUTORESEARCH_ARENA: {error}")
+
+
+ARENA = arena_from_environment()
+
+
+class Clock:
+    """The budget of this process. It starts when the first training text is read, by whichever door.
+
+    To the driver, who has a clock of its own, each batch is reported as `.` and the end of the budget as `!`, by way of
+    a pipe (its number is in AUTORESEARCH_TICKS).
+    """
+
+    def __init__(self) -> None:
+        self.started: float | None = None
+        self.seconds: float | None = None   # of training, once the budget is spent
+        self.loader: TrainLoader | None = None
+        self.ticks = int(os.environ.get("AUTORESEARCH_TICKS", "-1"))
+
+    def start(self) -> None:
+        if self.started is None:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        if self.seconds is not None:
+            return self.seconds
+        return 0.0 if self.started is None else time.perf_counter() - self.started
+
+    def stop(self) -> None:
+        if self.seconds is None:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds = self.elapsed()
+            self.report(b"!")
+
+    def report(self, tick: bytes) -> None:
+        if self.ticks >= 0:
+            os.write(self.ticks, tick)
+
+
+CLOCK = Clock()
+
+
 class TrainLoader:
     """Batches of packed training text, for exactly the arena's budget of wall-clock seconds.
 
     Yields `(x, y)`, each int64 of shape (rows, T) on `device`; `rows` is one whole optimizer step, to be cut into
     micro-batches by the caller. The clock starts when the first batch is drawn and the loader stops yielding when
-    the budget is spent, so compile and warm up before, on random tokens. A process has one clock, however many
-    loaders. On a GPU the CPU is held at most two batches ahead, so that the clock reads what the GPU has done. The
-    same seed gives the same rows.
+    the budget is spent, so compile and warm up before, on random tokens. A process has one loader. On a GPU the CPU
+    is held at most two batches ahead, so that the clock reads what the GPU has done. The same seed gives the same rows.
     """
 
     AHEAD = 2
-    started: float | None = None    # of all loaders of the process: a second one gets no second budget
 
     def __init__(self, rows: int, device: str | torch.device):
         if rows < 1:
             raise ValueError(f"a batch needs at least one row, not {rows}")
-        if read_manifest(ARENA) is None:
+        if CLOCK.loader is not None:
+            fail("a second TrainLoader was opened, and a run has one: draw all batches from that")
+        if (manifest := read_manifest(ARENA)) is None:
             fail(f"the arena {ARENA.name!r} is not prepared: run `uv run prepare.py --arena {ARENA.name}`")
+        CLOCK.loader = self
         self.device = torch.device(device)
-        self.packer = Packer(training_documents(ARENA))
+        self.packer = Packer(training_documents(ARENA, manifest["train"]))
         pinned = self.device.type == "cuda"
         shape = (rows, ARENA.sequence_len + 1)
         # a buffer is filled again only after the batch that used it was consumed
         self.buffers = [torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(self.AHEAD + 1)]
         self.consumed: list[torch.cuda.Event] = []
-        self.seconds = 0.0  # of training, final once the loader has stopped
         self.steps = 0      # batches handed out
-        self.stopped = False
 
     @property
     def tokens(self) -> int:
@@ -409,25 +577,22 @@ class TrainLoader:
         return min(self.elapsed() / ARENA.budget, 1.0)
 
     def elapsed(self) -> float:
-        if self.stopped:
-            return self.seconds
-        return 0.0 if self.started is None else time.perf_counter() - self.started
+        """Seconds of training so far."""
+        return CLOCK.elapsed()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if TrainLoader.started is None:
-            self.synchronize()
-            TrainLoader.started = time.perf_counter()
         self.wait()
-        if self.stopped or self.elapsed() >= ARENA.budget:
-            self.stop()
+        if CLOCK.elapsed() >= ARENA.budget:
+            CLOCK.stop()
             raise StopIteration
         buffer = self.buffers[self.steps % len(self.buffers)]
         for row in buffer.numpy():
             self.packer.fill(row)
         self.steps += 1
+        CLOCK.report(b".")
         batch = buffer.to(self.device, non_blocking=True)
         return batch[:, :-1].clone(), batch[:, 1:].clone()     # the buffer is used again
 
@@ -439,41 +604,30 @@ class TrainLoader:
             if len(self.consumed) >= self.AHEAD:
                 self.consumed.pop(0).synchronize()
 
-    def stop(self) -> None:
-        if not self.stopped:
-            self.synchronize()
-            self.seconds = self.elapsed()
-            self.stopped = True
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def training_documents(arena: Arena) -> Iterator[np.ndarray]:
-    """Walk through the training documents for ever, each epoch in an order of its own."""
-    # np.asarray: slices of a plain array cost a third of slices of a memmap
-    tokens = np.asarray(np.memmap(arena.folder / "train.bin", dtype=np.uint16, mode="r"))
-    offsets = np.load(arena.folder / "offsets.npy")
-    rng = np.random.default_rng(arena.seed)
+def training_documents(arena: Arena, stems: list[str]) -> Iterator[np.ndarray]:
+    """Walk through the training documents for ever, each epoch in an order of its own. This is the first door to the
+    text, so it starts the clock."""
+    documents, rng = Documents(arena.folder, stems), np.random.default_rng(arena.seed)
+    CLOCK.start()
     while True:
-        for i in rng.permutation(len(offsets) - 1):
-            yield tokens[offsets[i] : offsets[i + 1]]
+        yield from documents.shuffled(rng, arena.sequence_len + 1)
 
 
 # -----------------------------------------------------------------------------
 # The evaluation: logits in, everything else is counted here
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-PROBE_BATCHES = 2
-AGAIN = "scoring a batch again gives another answer"
+PROBED = 10     # one batch in so many
 # How far a log-probability may move under a probe: nothing but rounding. On a GPU, bfloat16 rounds coarsely.
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
+# Rounding has no sign, so the mean over many predictions shows a leak that is smaller than it: in nats, and in errors
+LEAK, LEAK_ERRORS = 1e-3, 4.0
 
 
 @torch.no_grad()
 def evaluate(model: Logits, rows: np.ndarray, device: torch.device) -> tuple[float, float]:
-    """Validation bits per byte of `model` on packed rows (R, T+1): exact, and as upstream counts bytes.
+    """Bits per byte of `model` on packed rows (R, T+1): exact, and as upstream counts bytes.
 
     `model(x)` gets int64 tokens (B, T) alone and returns logits (B, T, V). The loss is taken here, in float32, and
     summed in float64 over the bytes of every target; special tokens are left out. SystemExit when the model is not
@@ -481,27 +635,38 @@ def evaluate(model: Logits, rows: np.ndarray, device: torch.device) -> tuple[flo
     """
     size = ARENA.eval_rows
     assert len(rows) % size == 0
-    tokenizer = Tokenizer.load(ARENA.folder / "tokenizer.json")
-    exact, upstream = (torch.tensor(lengths, device=device) for lengths in tokenizer.byte_lengths())
+    exact, upstream = (torch.tensor(lengths, device=device) for lengths in load_tokenizer().byte_lengths())
     nats = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     starts = range(0, len(rows), size)
-    probed = set(random.SystemRandom().sample(starts, PROBE_BATCHES))    # nobody can know which; the score is the same
+    # nobody can know which batches these are; the score is the same
+    probed = set(random.SystemRandom().sample(starts, max(len(starts) // PROBED, 1)))
+    leaks: list[torch.Tensor] = []
     for start in starts:
         batch = torch.from_numpy(rows[start : start + size].astype(np.int64)).to(device)
         x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         losses = score(model, x, y)
         if start in probed:
-            probe(model, x, y, losses)
+            leaks.append(probe(model, x, y, losses))
             again = x, y, losses
         nats += losses[exact[y] > 0].double().sum()
         counts += torch.stack([exact[y].sum(), upstream[y].sum()])
     x, y, losses = again
     expect_same(score(model, x, y), losses, AGAIN)
+    expect_no_leak(torch.cat(leaks).double())
     bits, (exact_bytes, upstream_bytes) = nats.item() / math.log(2), counts.tolist()
     if not math.isfinite(bits):
         fail("the validation loss is not finite")
     return bits / exact_bytes, bits / upstream_bytes
+
+
+def load_tokenizer() -> Tokenizer:
+    return Tokenizer.load(ARENA.folder / load_manifest(ARENA)["tokenizer"])
+
+
+def load_rows(split: str) -> np.ndarray:
+    """The packed rows of `val` or `sealed`, uint16 (val_rows, T+1)."""
+    return np.load(ARENA.folder / load_manifest(ARENA)[split])
 
 
 def score(model: Logits, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -509,31 +674,47 @@ def score(model: Logits, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     logits = model(x)
     if logits.shape != (*x.shape, ARENA.vocab_size):
         fail(f"model(x) must return logits of shape {(*x.shape, ARENA.vocab_size)}, not {tuple(logits.shape)}")
+    if type(logits) is not torch.Tensor:    # a subclass would bring its own arithmetic
+        fail(f"model(x) must return a plain tensor, not {type(logits).__name__}")
     per_row = [F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, y, strict=True)]
     return torch.stack(per_row)
 
 
-def probe(model: Logits, x: torch.Tensor, y: torch.Tensor, losses: torch.Tensor) -> None:
-    """Change what a prediction must not see, and expect it to stay: nothing, then other rows, then later tokens."""
-    expect_same(score(model, x, y), losses, AGAIN)
-    rng = torch.Generator().manual_seed(int(x.sum()))
+AGAIN = "scoring a batch again gives another answer"
+
+
+def probe(model: Logits, x: torch.Tensor, y: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """Keep a random start of each row, of some rows nothing, and change all other tokens: the predictions within what
+    was kept must stay. Returns by how much the last of them got worse in each row, in nats."""
+    rng = torch.Generator().manual_seed(random.SystemRandom().getrandbits(63))
     noise = torch.randint(ARENA.bos, x.shape, generator=rng).to(x)
-    others = torch.rand((len(x), 1), generator=rng).to(x.device) < 0.5
-    others[0], others[-1] = True, False
-    mine = ~others.expand_as(x)
-    changed = score(model, torch.where(others, noise, x), y)
-    expect_same(changed[mine], losses[mine], "the rows are not independent: other rows change a row's predictions")
-    cuts = torch.randint(x.shape[1], (len(x), 1), generator=rng).to(x)
-    cuts[0], cuts[-1] = 0, x.shape[1] - 2
-    later = torch.arange(x.shape[1], device=x.device) > cuts
-    changed = score(model, torch.where(later, noise, x), y)
-    expect_same(changed[~later], losses[~later], "the model is not causal: later tokens change earlier predictions")
+    last = torch.randint(-1, x.shape[1] - 1, (len(x), 1), generator=rng).to(x.device)
+    last[0] = x.shape[1] - 2
+    kept = torch.arange(x.shape[1], device=x.device) <= last
+    now = score(model, torch.where(kept, x, noise), y)
+    moved = (now - losses)[kept].abs().max().item()
+    if not moved <= TOLERANCE[x.device.type]:       # worded so that NaN fails; now find out what it was
+        expect_same(score(model, x, y), losses, AGAIN)
+        mine = (last == x.shape[1] - 2).expand_as(x)
+        alone = score(model, torch.where(mine, x, noise), y)
+        expect_same(alone[mine], losses[mine], "the rows are not independent: other rows change a row's predictions")
+        expect_same(now[kept], losses[kept], "the model is not causal: later tokens change earlier predictions")
+    some = last[:, 0] >= 0
+    return (now - losses).gather(1, last.clamp(min=0))[some, 0]
 
 
 def expect_same(now: torch.Tensor, before: torch.Tensor, reason: str) -> None:
     moved = (now - before).abs().max().item()
-    if not moved <= TOLERANCE[now.device.type]:     # worded so that NaN fails
+    if not moved <= TOLERANCE[now.device.type]:
         fail(f"{reason} (a log-probability moved by {moved:.4g})")
+
+
+def expect_no_leak(worse: torch.Tensor) -> None:
+    """The next token was changed behind each of these predictions: on average they must not be worse for it."""
+    mean = worse.mean().item()
+    error = worse.std().item() / len(worse) ** 0.5
+    if mean > LEAK and mean > LEAK_ERRORS * error:
+        fail(f"the model is not causal: predictions are {mean:.4g} nats worse when the token they predict is hidden")
 
 
 # -----------------------------------------------------------------------------
@@ -547,25 +728,27 @@ PEAK_TFLOPS = {
 
 
 def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per_token: float, **facts: object) -> None:
-    """Evaluate the trained model and print the summary block that the driver reads; the last call of train.py.
+    """Evaluate the trained model, leave it to the referee and print the summary block; the last call of train.py.
 
     `model(x)` takes int64 tokens (B, T) and returns logits (B, T, V). `flops_per_token` is what one training token
     costs forward and backward, for MFU alone. Further facts are printed below the block's own lines. Steps, tokens,
-    seconds and memory are counted here; SystemExit when the clock has not run out or a probe fails.
+    seconds and memory are counted here; SystemExit when the clock has not run out, a probe fails, or a model that
+    would be kept cannot be exported.
     """
     loader.wait()
-    if loader.elapsed() < ARENA.budget:
-        fail(f"finish was called {ARENA.budget - loader.elapsed():.1f} s before the budget was spent")
-    loader.stop()
-    if (late := time.perf_counter() - TrainLoader.started - loader.seconds) > 5:
+    if CLOCK.elapsed() < ARENA.budget:
+        fail(f"finish was called {ARENA.budget - CLOCK.elapsed():.1f} s before the budget was spent")
+    CLOCK.stop()
+    if (late := time.perf_counter() - CLOCK.started - CLOCK.seconds) > 5:
         fail(f"finish was called {late:.1f} s after the budget was spent")
     model.eval()
-    val_bpb, val_bpb_upstream = evaluate(model, np.load(ARENA.folder / "val.npy"), loader.device)
+    rows = load_rows("val")
+    val_bpb, val_bpb_upstream = evaluate(model, rows, loader.device)
     summary = {
         "val_bpb": f"{val_bpb:.6f}",
         "val_bpb_upstream": f"{val_bpb_upstream:.6f}",
-        "training_seconds": f"{loader.seconds:.1f}",
-        "total_seconds": f"{process_age():.1f}",
+        "training_seconds": f"{CLOCK.seconds:.1f}",
+        "total_seconds": "",
         "peak_vram_mb": f"{peak_memory_mb(loader.device):.1f}",
         "mfu_percent": mfu_percent(flops_per_token, loader),
         "total_tokens_M": f"{loader.tokens / 1e6:.3f}",
@@ -575,6 +758,10 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
     }
     if repeated := summary.keys() & facts.keys():
         raise ValueError(f"finish prints {', '.join(sorted(repeated))} itself")
+    if val_bpb <= float(os.environ.get("AUTORESEARCH_BAR", "-inf")):
+        x = torch.from_numpy(rows[: ARENA.eval_rows, :-1].astype(np.int64)).to(loader.device)
+        export(model, x, Path(os.environ["AUTORESEARCH_MODEL"]))
+    summary["total_seconds"] = f"{process_age():.1f}"
     lines = [f"{name + ':':<18}{value}" for name, value in (summary | facts).items()]
     print("---", *lines, sep="\n", flush=True)
 
@@ -582,7 +769,7 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
 def mfu_percent(flops_per_token: float, loader: TrainLoader) -> str:
     name = torch.cuda.get_device_name(loader.device) if loader.device.type == "cuda" else "cpu"
     peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
-    return f"{100 * flops_per_token * loader.tokens / loader.seconds / (peak * 1e12):.2f}" if peak else "n/a"
+    return f"{100 * flops_per_token * loader.tokens / CLOCK.seconds / (peak * 1e12):.2f}" if peak else "n/a"
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -601,33 +788,66 @@ def process_age() -> float:
 
 
 # -----------------------------------------------------------------------------
+# The referee's half: a model without its program
+
+
+@torch.no_grad()
+def export(model: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
+    """Write graph and weights of `model(x)` for x of this shape; SystemExit when torch.export cannot."""
+    model = getattr(model, "_orig_mod", model)      # what torch.compile wrapped
+    try:
+        torch.export.save(torch.export.export(model, (x,)), path)
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        fail(f"the model cannot be exported, which the referee needs (torch.export): {type(error).__name__}: {why}")
+
+
+def judge(path: Path) -> None:
+    """Score an exported model on validation and sealed rows and print that as the last line, for the driver."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        importlib.import_module("torch.nn.attention.varlen")    # registers an operator that the graph may hold
+    torch.set_float32_matmul_precision("high")
+    model = torch.export.load(path).module().to(device)
+    val_bpb, val_bpb_upstream = evaluate(model, load_rows("val"), device)
+    sealed_bpb, _ = evaluate(model, load_rows("sealed"), device)
+    print("judged:", json.dumps({"val_bpb": val_bpb, "val_bpb_upstream": val_bpb_upstream, "sealed_bpb": sealed_bpb}))
+
+
+# -----------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the files of one arena; a second call does nothing.")
-    choices = ", ".join(sorted(ARENAS))
-    parser.add_argument("--arena", default=ARENA.name, help=f"one of {choices} (default: {ARENA.name})")
-    name = parser.parse_args().arena
-    if name not in ARENAS:
-        fail(f"unknown arena {name!r}: choose one of {choices}", code=2)
+    choices = f"{', '.join(ARENAS)}, or a folder with .parquet (column `text`) or .txt files"
+    parser.add_argument("--arena", default=ARENA.name, help=f"{choices} (default: {ARENA.name})")
+    parser.add_argument("--shards", type=int, help=f"of climbmix, to train on (default: those there, or {SHARDS})")
+    parser.add_argument("--judge", type=Path, metavar="MODEL", help="score an exported model, as the referee does")
+    options = parser.parse_args()
+    if options.judge:
+        judge(options.judge)
+        return
+    if options.shards is not None and not 1 <= options.shards <= 6541:
+        fail(f"--shards must be from 1 to 6541, not {options.shards}", code=2)
     start = time.perf_counter()
+    arena = find_arena(options.arena)
     try:
-        manifest = prepare(arena := ARENAS[name])
-    except ValueError as error:
-        fail(str(error))
+        manifest = prepare(arena, options.shards)
     except OSError as error:
         where = error.filename or arena.folder
         fail(f"cannot write {where}: {error.strerror or error}; AUTORESEARCH_CACHE moves the cache")
     tokens = ", ".join(f"{manifest['tokens'][split] / 1e6:.1f}M {split}" for split in SPLITS)
     print(f"{arena.name}: tokens {tokens} ({time.perf_counter() - start:.0f} s)")
-    # the driver reads this last line; `data` names these very files, so that numbers from others are never compared
-    data = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()[:12]
-    facts = {"name": arena.name, "budget": arena.budget, "data": data, "folder": str(arena.folder)}
+    # the driver reads this last line
+    facts = {"name": arena.name, "budget": arena.budget, "data": manifest["data"], "folder": str(arena.folder)}
     print("ready:", json.dumps(facts))
 
 
 if __name__ == "__main__":
     try:
         main()
+    except UserError as error:
+        fail(str(error), error.code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stderr.flush()
+        os._exit(130)       # downloads in other threads would hold an orderly exit up; their parts are safe

@@ -10,6 +10,7 @@ from autoresearch.records import (
     Event,
     Experiment,
     Preparing,
+    Refereeing,
     Settled,
     Stalled,
     Started,
@@ -47,6 +48,8 @@ def text(event: Event) -> str:
             return f"{number:04d} crashed; asking for repair {attempt}"
         case Training(number, description):
             return f"{number:04d} training: {description}"
+        case Refereeing(number, val_bpb):
+            return f"{number:04d} would be kept with {val_bpb:.6f}; the referee scores the model"
         case Settled(experiment, commit):
             return f"{outcome(experiment)} ({commit[:10]})"
         case Stalled(number, reason):

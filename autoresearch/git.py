@@ -44,9 +44,12 @@ class Repo:
             raise GitError(("rev-parse",), 1, "", f"{tree} lies inside the repository {top}")
         return cls(top, git_dir, common_dir)
 
-    def git(self, *args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
-        where = (f"--git-dir={self.git_dir}", f"--work-tree={self.tree}")
-        return run_git(*where, *args, stdin=stdin, env=env, cwd=self.tree)
+    def git(self, *args: str, stdin: str = "", env: dict[str, str] | None = None) -> str:
+        return run_git(*self.where, *args, stdin=stdin, env=env, cwd=self.tree)
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        return f"--git-dir={self.git_dir}", f"--work-tree={self.tree}"
 
     # --- reading
 
@@ -104,6 +107,17 @@ class Repo:
         """Those of the paths that differ from HEAD, untracked ones included."""
         out = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *paths)
         return [entry[3:] for entry in out.split("\0") if entry]
+
+    def altered(self, commit: str) -> list[tuple[str, str]]:
+        """(path, blob) of each file of a commit that is not in the tree byte for byte, whatever filters git applies."""
+        entries = [entry.split("\t", 1) for entry in self.git("ls-tree", "-r", "-z", commit).split("\0") if entry]
+        plain = (entry for entry in entries if entry[0].startswith("100") and not {"\n", "\ufffd"} & set(entry[1]))
+        blobs = {path: facts.split()[2] for facts, path in plain}
+        present = [path for path in blobs if (self.tree / path).is_file() and not (self.tree / path).is_symlink()]
+        names = "".join(f"{path}\n" for path in present)
+        found = self.git("hash-object", "--no-filters", "--stdin-paths", stdin=names).split()
+        same = {path for path, blob in zip(present, found, strict=True) if blobs[path] == blob}
+        return [(path, blob) for path, blob in blobs.items() if path not in same]
 
     def lines_changed(self, base: str, commit: str, path: str) -> tuple[int, int]:
         """Lines added to and removed from a file between two commits."""
@@ -174,24 +188,29 @@ class Repo:
         self.attach(branch, commit)
         self.git("reset", "--quiet", "--hard", commit)
         self.git("clean", "--quiet", "-ffdx")
+        for path, blob in self.altered(commit):  # by a filter that somebody put into git's own folder
+            (self.tree / path).write_bytes(git_bytes(*self.where, "cat-file", "blob", blob))
 
 
-def run_git(*args: str, stdin: str | None = None, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+def run_git(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    return git_bytes(*args, stdin=stdin, env=env, cwd=cwd).decode(errors="replace")
+
+
+def git_bytes(*args: str, stdin: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> bytes:
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     environment |= {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C.UTF-8", **(env or {})}
     done = subprocess.run(
         ["git", *OPTIONS, *args],
-        input=stdin or "",
+        input=stdin.encode(errors="replace"),
         capture_output=True,
-        encoding="utf-8",
-        errors="replace",
         env=environment,
         cwd=cwd,
         check=False,
         start_new_session=True,  # Ctrl-C is for us: git finishes what it is at
     )
     if done.returncode:
-        raise GitError(args, done.returncode, done.stdout, done.stderr)
+        out, err = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
+        raise GitError(args, done.returncode, out, err)
     return done.stdout
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,13 @@ def run(
     out: Path,
     err: Path | None = None,
     stdin: Path = Path(os.devnull),
+    pass_fds: tuple[int, ...] = (),
+    watch: Callable[[], None] = lambda: None,
 ) -> Exit:
     """Run a command in a session of its own, output to files. However this returns, everything it started is dead.
 
-    Standard error joins standard output unless `err` is given. Not found is an OSError.
+    Standard error joins standard output unless `err` is given. `watch` is called all the while, ten times a second, and
+    once after the end. Not found is an OSError.
     """
     start = time.monotonic()
     with stdin.open("rb") as stdin_file, out.open("wb") as out_file, (err or out).open("ab") as err_file:
@@ -45,11 +48,14 @@ def run(
             stdout=out_file,
             stderr=err_file if err else subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         try:
-            code: int | None = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
             code = None
+            while code is None and (left := start + limit - time.monotonic()) > 0:
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(left, 0.1))
+                watch()
         finally:
             kill_group(process)
             sweep(mark)

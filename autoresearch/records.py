@@ -63,10 +63,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Finished:
-    """Training ended with a summary that can be believed; `seconds` is wall clock from start to exit."""
+    """Training ended with a summary; `seconds` is wall clock from start to exit. Once the referee has agreed, the
+    scores are the referee's, and the one on sealed rows is known."""
 
     summary: Summary
     seconds: float
+    sealed_bpb: float | None = None
+    referee_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,12 @@ class Experiment:
     crash: str | None = None  # why there is no number
     val_bpb: float | None = None
     val_bpb_upstream: float | None = None
+    sealed_bpb: float | None = None
     incumbent: float | None = None
     memory_gb: float | None = None
     training_seconds: float | None = None
     total_seconds: float | None = None
+    referee_seconds: float | None = None
     tokens_M: float | None = None
     tokens_per_second: float | None = None
     steps: int | None = None
@@ -173,14 +178,15 @@ class Experiment:
 
     @property
     def minutes(self) -> float:
-        return (self.agent_seconds + self.run_seconds) / 60
+        return (self.agent_seconds + self.run_seconds + (self.referee_seconds or 0)) / 60
 
 
 def facts_of(outcome: Outcome) -> dict[str, Any]:
     """What the record takes from a run: from the harness, never from the agent's words."""
     match outcome:
-        case Finished(summary, seconds):
+        case Finished(summary, seconds, sealed_bpb, referee_seconds):
             return {
+                "sealed_bpb": sealed_bpb, "referee_seconds": referee_seconds,
                 "val_bpb": summary.val_bpb, "val_bpb_upstream": summary.val_bpb_upstream, "run_seconds": seconds,
                 "memory_gb": summary.peak_vram_mb / 1024, "training_seconds": summary.training_seconds,
                 "total_seconds": summary.total_seconds, "tokens_M": summary.total_tokens_M, "steps": summary.num_steps,
@@ -210,12 +216,14 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Status", "status", str, "s"),
     ("Val-bpb", "val_bpb", float, ".6f"),
     ("Val-bpb-upstream", "val_bpb_upstream", float, ".6f"),
+    ("Sealed-bpb", "sealed_bpb", float, ".6f"),
     ("Incumbent", "incumbent", float, ".6f"),
     ("Crash", "crash", str, "s"),
     ("Memory-gb", "memory_gb", float, ".1f"),
     ("Training-seconds", "training_seconds", float, ".1f"),
     ("Total-seconds", "total_seconds", float, ".1f"),
     ("Run-seconds", "run_seconds", float, ".1f"),
+    ("Referee-seconds", "referee_seconds", float, ".1f"),
     ("Tokens-M", "tokens_M", float, ".3f"),
     ("Steps", "steps", int, "d"),
     ("Tokens-per-second", "tokens_per_second", float, ".0f"),
@@ -302,6 +310,12 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Refereeing:
+    number: int
+    val_bpb: float  # as train.py's own process has it
+
+
+@dataclass(frozen=True)
 class Settled:
     experiment: Experiment
     commit: str
@@ -327,4 +341,4 @@ class Stopped:
     best: Experiment | None
 
 
-Event = Preparing | Started | Asking | Training | Settled | Stalled | Dropped | Stopped
+Event = Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Dropped | Stopped

@@ -1,4 +1,4 @@
-"""One training run: process, limit, log -> outcome. Also what the driver asks the machine before the first."""
+"""One training run: process, limit, clock, log -> outcome. Also what the driver asks the machine before the first."""
 
 import json
 import math
@@ -6,28 +6,115 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 from autoresearch import process
-from autoresearch.records import Arena, Crashed, Finished, Machine, Outcome, Summary, TimedOut, UserError, one_line
+from autoresearch.records import Arena, Crashed, Finished, Machine, Summary, TimedOut, UserError, one_line
 
 
-def run_training(tree: Path, arena: Arena, *, seed: int, limit: float, log: Path, mark: Path) -> Outcome:
-    """Run the tree's train.py under a hard limit in seconds, its output in `log`, and judge how it ended."""
-    env = environment(arena.name) | {"AUTORESEARCH_SEED": str(seed)}
-    ended = process.run([sys.executable, "train.py"], cwd=tree, env=env, limit=limit, mark=mark, out=log)
+def run_training(
+    tree: Path, arena: Arena, *, seed: int, bar: float, model: Path, limit: float, log: Path, mark: Path
+) -> Finished | Crashed | TimedOut:
+    """Run the tree's train.py under a hard limit in seconds, its output in `log`, and judge how it ended.
+
+    A run that scores `bar` or better leaves its exported model. What it claims is held against the driver's own clock
+    and count, and the arena's files must be afterwards what they were before.
+    """
+    model.unlink(missing_ok=True)
+    witness, before = Witness(), stamps(arena.folder)
+    env = environment(arena.name) | {
+        "AUTORESEARCH_SEED": str(seed),
+        "AUTORESEARCH_BAR": repr(bar),
+        "AUTORESEARCH_MODEL": str(model),
+        "AUTORESEARCH_TICKS": str(witness.theirs),
+    }
+    with witness:
+        ended = process.run(
+            [sys.executable, "train.py"], cwd=tree, env=env, limit=limit, mark=mark, out=log,
+            pass_fds=(witness.theirs,), watch=witness.look,
+        )  # fmt: skip
+    end = process.tail(log)
+    if altered := restore(tree, arena, before):
+        return Crashed(f"changed the arena's files while it ran: {', '.join(altered)}", end, ended.seconds)
     if ended.code is None:
         return TimedOut(limit, ended.seconds)
-    end = process.tail(log)
     if ended.code:
         return Crashed(reason_of(ended.code, end), end, ended.seconds)
     try:
-        return Finished(read_summary(process.tail(log, 100_000), arena.budget), ended.seconds)
+        summary = read_summary(process.tail(log, 100_000), arena.budget)
+        witness.check(summary, ended.seconds)
     except ValueError as error:
         return Crashed(str(error), end, ended.seconds)
+    return Finished(summary, ended.seconds)
+
+
+class Witness:
+    """What the driver sees of a run for itself: prepare.py sends a `.` by a pipe for each batch that it hands out, and
+    a `!` when the budget is spent. The times are those of the driver's clock."""
+
+    SLACK = 1.0  # seconds between our clock and theirs, and as many again for each 200 s
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = os.pipe()
+        os.set_blocking(self.ours, False)
+        self.seen = b""
+        self.started = self.stopped = 0.0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.ours)
+        os.close(self.theirs)
+
+    def look(self) -> None:
+        with suppress(BlockingIOError):
+            ticks = os.read(self.ours, 2**16)
+            self.started = self.started if self.seen else time.monotonic()
+            self.stopped = time.monotonic()
+            self.seen = (self.seen + ticks)[: 2**24]
+
+    def check(self, summary: Summary, seconds: float) -> None:
+        """ValueError when a summary claims what was not seen."""
+        batches, _, rest = self.seen.partition(b"!")
+        if summary.num_steps != len(batches):
+            raise ValueError(f"claims {summary.num_steps} steps, and drew {len(batches)} batches")
+        if rest or len(batches) == len(self.seen):
+            raise ValueError(
+                "drew batches after its budget was spent" if rest else "never came to the end of its budget"
+            )
+        for claimed, measured, what in (
+            (summary.training_seconds, self.stopped - self.started, "training"),
+            (summary.total_seconds, seconds, "running"),
+        ):
+            if abs(claimed - measured) > self.SLACK + measured / 200:
+                raise ValueError(f"claims {claimed:.1f} s of {what}, and the driver's clock says {measured:.1f} s")
+
+
+Stamps = dict[str, tuple[int, ...]]
+
+
+def stamps(folder: Path) -> Stamps:
+    """What changes when a file does. The time of the last change (ctime) cannot be set back by who owns the file."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats}
+
+
+def restore(tree: Path, arena: Arena, before: Stamps) -> list[str]:
+    """Have the arena's files made again that are not what they were, and name them."""
+    after = stamps(arena.folder)
+    altered = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if altered:
+        for name in altered:
+            (arena.folder / name).unlink(missing_ok=True)
+        if prepare_arena(tree, arena.name) != arena:
+            raise UserError(f"the arena {arena.name} was changed and cannot be made again: take another --tag")
+    return altered
 
 
 def environment(arena: str) -> dict[str, str]:

@@ -57,7 +57,7 @@ def test_unknown_arena(project: Project) -> None:
     (project.root / "prepare.py").write_text((Path(__file__).parent.parent / "prepare.py").read_text())
     project.git(*COMMIT)
     said = project.loop("--agent=true", "--arena=moon", code=2)
-    assert "unknown arena 'moon': choose one of demo, python" in one_line(said)
+    assert "unknown arena 'moon': choose one of climbmix, tinystories, python, demo, or a folder" in one_line(said)
 
 
 def test_unwritable_cache(project: Project) -> None:

@@ -1,0 +1,294 @@
+"""
+Text to tokens: documents from files, the tokenizer, and token files written by one process for each core.
+
+    python -m autoresearch.text < job.json      what such a process runs; nothing here imports torch, so it starts fast
+"""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
+import rustbpe
+import tiktoken
+
+from autoresearch.records import UserError, one_line
+
+# -----------------------------------------------------------------------------
+# Documents
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the text, as much as one process takes at a time: some rows of a .parquet file or whole .txt files, and
+    of their documents the share whose hash falls into [low, high)."""
+
+    paths: tuple[str, ...]
+    rows: tuple[int, int] | None = None
+    share: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def identity(self) -> str:
+        """Changes with the files: their names, sizes and times."""
+        stats = [(Path(path).name, Path(path).stat()) for path in self.paths]
+        return digest([(name, s.st_size, s.st_mtime_ns) for name, s in stats], self.rows, self.share)
+
+    def documents(self) -> Iterator[str]:
+        for path in self.paths:
+            if path.endswith(".txt"):
+                found = read_txt(Path(path))
+            else:
+                found = read_parquet(Path(path), *(self.rows or (0, sys.maxsize)))
+            if self.share == (0.0, 1.0):
+                yield from filter(str.strip, found)
+            else:
+                low, high = self.share
+                yield from (document for document in found if document.strip() and low <= draw(document) < high)
+
+
+def digest(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def draw(text: str) -> float:
+    """A number in [0, 1) that a text always draws: equal documents end up in the same split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+BATCH = 256  # rows of a parquet file in memory at a time
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {one_line(str(error))}") from None
+    if "text" not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column `text`, but {', '.join(file.schema_arrow.names)}")
+    kind = file.schema_arrow.field("text").type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UserError(f"the column `text` of {path} holds {kind}, and not strings")
+    return file
+
+
+def read_parquet(path: Path, start: int, stop: int) -> Iterator[str]:
+    """The column `text` of the rows in [start, stop), a batch at a time."""
+    with open_parquet(path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if first < stop and first + size > start:
+                for batch in file.iter_batches(BATCH, row_groups=[group], columns=["text"], use_threads=False):
+                    low, high = max(start - first, 0), min(stop - first, len(batch))
+                    if low < high:
+                        yield from filter(None, batch.column(0).slice(low, high - low).to_pylist())
+                    first += len(batch)
+            else:
+                first += size
+
+
+SECTION = 2**16  # characters: a longer .txt file becomes several documents
+
+
+def read_txt(path: Path) -> Iterator[str]:
+    """A .txt file as one document, or as sections that end at a blank line, or a line, if there is one."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rest = ""
+            while block := file.read(SECTION):
+                rest += block
+                while len(rest) > SECTION:
+                    end = max(rest.rfind("\n\n", 1, SECTION) + 2, 2)
+                    end = end if end > 2 else rest.rfind("\n", 1, SECTION) + 1 or SECTION
+                    yield rest[:end]
+                    rest = rest[end:]
+            yield rest
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert or remove it"
+        ) from None
+
+
+def size_of(path: Path) -> int:
+    """Bytes of text in a file, before any compression."""
+    if path.suffix == ".txt":
+        return path.stat().st_size
+    with open_parquet(path) as file:
+        column = file.schema_arrow.names.index("text")
+        groups = range(file.num_row_groups)
+        return sum(file.metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
+
+
+PIECE = 16_000_000  # bytes of text, some seconds of one core
+
+
+def cut_parquet(path: Path, start: int = 0, stop: int = sys.maxsize) -> list[Piece]:
+    """Cut rows of a .parquet file into pieces at row groups: those are read as a whole anyway."""
+    cuts, size, row = [start], 0, 0
+    with open_parquet(path) as file:
+        column = file.schema_arrow.names.index("text")
+        stop = min(stop, file.metadata.num_rows)
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
+            row += group.num_rows
+            size += group.column(column).total_uncompressed_size if row > start else 0
+            if size >= PIECE and row < stop:
+                cuts.append(row)
+                size = 0
+    return [Piece((str(path),), rows) for rows in zip(cuts, [*cuts[1:], stop], strict=True)]
+
+
+def cut_txt(paths: Iterable[Path]) -> list[Piece]:
+    """Bundle small .txt files; a large one is a piece of its own."""
+    pieces: list[Piece] = []
+    bundle: list[str] = []
+    size = 0
+    for path in paths:
+        bundle.append(str(path))
+        size += path.stat().st_size
+        if size >= PIECE:
+            pieces.append(Piece(tuple(bundle)))
+            bundle, size = [], 0
+    return [*pieces, Piece(tuple(bundle))] if bundle else pieces
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: trained by rustbpe, run by tiktoken, kept as JSON
+
+# They come after the ordinary tokens; BOS is the first of them.
+SPECIAL_TOKENS = ("<|bos|>", "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>")
+# GPT-4's split, but numbers in groups of one or two digits: a small vocabulary has no room for a thousand triples.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+TRAIN_CHARACTERS = 1_000_000_000  # that the tokenizer is trained on, at most
+TRAIN_DOCUMENT = 10_000  # characters of each document for that: no single one shall shape the vocabulary
+SLICE = 100_000  # characters encoded at a time: the regular expression gives up on a million blanks
+
+
+class Tokenizer:
+    """Text to token ids and back: any string and any bytes round-trip."""
+
+    def __init__(self, tokens: list[bytes], pattern: str):
+        self.tokens = tokens
+        self.pattern = pattern
+        specials = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        self.encoding = tiktoken.Encoding(
+            "autoresearch", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self.bos = len(tokens)
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train on the start of each document, until TRAIN_CHARACTERS; UserError when the text is too short."""
+        bpe = rustbpe.Tokenizer()
+        bpe.train_from_iterator(excerpts(documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
+        if len(ranks) + len(SPECIAL_TOKENS) != vocab_size:
+            raise UserError(f"too little text for a vocabulary of {vocab_size} tokens: add more")
+        return cls([token for _, token in ranks], SPLIT_PATTERN)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        stored = json.loads(path.read_text())
+        return cls([base64.b64decode(token) for token in stored["tokens"]], stored["pattern"])
+
+    def save(self, path: Path) -> None:
+        tokens = [base64.b64encode(token).decode() for token in self.tokens]
+        path.write_text(json.dumps({"pattern": self.pattern, "special": SPECIAL_TOKENS, "tokens": tokens}))
+
+    def encode(self, document: str) -> np.ndarray:
+        """Encode a document into uint16 ids that start with BOS."""
+        slices = [document[start : start + SLICE] for start in range(0, len(document), SLICE)]
+        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in slices]
+        return np.concatenate([[self.bos], *ids]).astype(np.uint16)
+
+    def byte_lengths(self) -> tuple[list[int], list[int]]:
+        """Bytes of each token, exact and as upstream counts them (a token that is not UTF-8 by itself reads as
+        U+FFFD, 3 bytes for each replacement). Special tokens have none."""
+        exact = [len(token) for token in self.tokens]
+        upstream = [len(token.decode("utf-8", errors="replace").encode()) for token in self.tokens]
+        none = [0] * len(SPECIAL_TOKENS)
+        return exact + none, upstream + none
+
+
+def excerpts(documents: Iterable[str]) -> Iterator[str]:
+    left = TRAIN_CHARACTERS
+    for document in documents:
+        excerpt = document[: min(TRAIN_DOCUMENT, left)]
+        left -= len(excerpt)
+        yield excerpt
+        if not left:
+            return
+
+
+# -----------------------------------------------------------------------------
+# Token files: for a stem, stem.bin with uint16 ids and then stem.npy with where each document starts, and the end
+
+
+def tokenize(tokenizer: Path, jobs: dict[Path, Piece]) -> Iterator[Path]:
+    """Write the token files of each stem, one process for each core; yields a stem when it is done.
+
+    Memory is bounded by the batches that the processes hold. A file is there whole or not at all.
+    """
+
+    def work(stem: Path, piece: Piece) -> Path:
+        job = json.dumps({"tokenizer": str(tokenizer), "stem": str(stem), "piece": asdict(piece)})
+        command = [sys.executable, "-m", "autoresearch.text"]
+        here = Path(__file__).resolve().parent.parent
+        done = subprocess.run(command, cwd=here, input=job, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"tokenizing failed: {lines[-1].removeprefix('error: ')}")
+        return stem
+
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        yield from pool.map(work, *zip(*jobs.items(), strict=True)) if jobs else ()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_tokens(tokenizer: Tokenizer, piece: Piece, stem: Path) -> None:
+    fresh = stem.with_name(f"{stem.name}.{os.getpid()}.new")
+    lengths = [0]
+    documents = piece.documents()
+    with fresh.open("wb") as file:
+        while batch := list(islice(documents, BATCH)):
+            encoded = [tokenizer.encode(document) for document in batch]
+            lengths += map(len, encoded)
+            np.concatenate(encoded).tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(stem.with_suffix(".bin"))
+    with fresh.open("wb") as file:
+        np.save(file, np.cumsum(lengths, dtype=np.int64))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(stem.with_suffix(".npy"))
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    piece = {name: tuple(value) if isinstance(value, list) else value for name, value in job["piece"].items()}
+    try:
+        write_tokens(Tokenizer.load(Path(job["tokenizer"])), Piece(**piece), Path(job["stem"]))
+    except (UserError, OSError, pyarrow.ArrowException) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -192,7 +192,8 @@ def python_sources(arena: Arena, progress: Progress) -> Text:
         path = arena.folder / f"{split}-{text.digest(documents)}.parquet"
         if not path.exists():
             with whole(path) as fresh:
-                pq.write_table(pyarrow.table({"text": documents}), fresh, row_group_size=2**12)
+                table = pyarrow.table({"text": documents})
+                pq.write_table(table, fresh, row_group_size=2**12, compression="zstd")
         pieces[split] = text.cut_parquet(path)
     return pieces
 
@@ -304,11 +305,12 @@ class Documents:
         self.file: np.ndarray       # of each document
         self.start: np.ndarray
         self.stop: np.ndarray
-        offsets = [np.load(folder / f"{stem}.npy") for stem in stems]
-        for stem, ends in zip(stems, offsets, strict=True):
-            path = folder / f"{stem}.bin"
-            # np.asarray: slices of a plain array cost a third of slices of a memmap, which cannot be empty
-            self.tokens.append(np.asarray(np.memmap(path, np.uint16, "r")) if ends[-1] else np.empty(0, np.uint16))
+        with reading():
+            offsets = [np.load(folder / f"{stem}.npy") for stem in stems]
+            for stem, ends in zip(stems, offsets, strict=True):
+                path = folder / f"{stem}.bin"
+                # np.asarray: slices of a plain array cost a third of slices of a memmap, which cannot be empty
+                self.tokens.append(np.asarray(np.memmap(path, np.uint16, "r")) if ends[-1] else np.empty(0, np.uint16))
         self.file = np.repeat(np.arange(len(stems)), [len(ends) - 1 for ends in offsets])
         self.start = np.concatenate([ends[:-1] for ends in offsets])
         self.stop = np.concatenate([ends[1:] for ends in offsets])
@@ -348,7 +350,8 @@ def settings(arena: Arena) -> dict[str, object]:
 def load_manifest(arena: Arena) -> dict:
     """The manifest as it stands, empty when there is none that can be read."""
     try:
-        manifest = json.loads((arena.folder / "manifest.json").read_text())
+        with reading():
+            manifest = json.loads((arena.folder / "manifest.json").read_text())
         return manifest if isinstance(manifest, dict) else {}
     except PermissionError:
         raise
@@ -483,6 +486,40 @@ def describe(path: Path) -> dict:
 
 
 # -----------------------------------------------------------------------------
+# The doors to the text: in a run that counts, train.py gets it from the loader, whose clock runs, or not at all
+
+_readers = 0
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """While this file itself opens the arena's files."""
+    global _readers
+    _readers += 1
+    try:
+        yield
+    finally:
+        _readers -= 1
+
+
+def guard(arena: Arena) -> None:
+    """Refuse everybody else the files that an arena is made of, for the life of this process (PEP 578).
+
+    It sees what Python opens. What a program in C opens, or another process, it does not: the sealed score shows that.
+    """
+    closed = [f"{folder.resolve()}{os.sep}" for folder in (arena.folder, cache() / "downloads", Path(arena.name))]
+    closed = closed if arena.is_folder else closed[:2]
+
+    def refuse(event: str, facts: tuple) -> None:
+        if event == "open" and not _readers and isinstance(facts[0], str | bytes | os.PathLike):
+            path = os.path.realpath(os.fsdecode(facts[0]))
+            if any(path.startswith(folder) for folder in closed):
+                fail(f"train.py opened {Path(path).name} of the arena itself: text comes from the TrainLoader alone")
+
+    sys.addaudithook(refuse)
+
+
+# -----------------------------------------------------------------------------
 # Training batches, and the clock
 
 
@@ -498,6 +535,8 @@ def arena_from_environment() -> Arena:
 
 
 ARENA = arena_from_environment()
+if "AUTORESEARCH_TICKS" in os.environ:      # the driver is watching
+    guard(ARENA)
 
 
 class Clock:
@@ -661,12 +700,14 @@ def evaluate(model: Logits, rows: np.ndarray, device: torch.device) -> tuple[flo
 
 
 def load_tokenizer() -> Tokenizer:
-    return Tokenizer.load(ARENA.folder / load_manifest(ARENA)["tokenizer"])
+    with reading():
+        return Tokenizer.load(ARENA.folder / load_manifest(ARENA)["tokenizer"])
 
 
 def load_rows(split: str) -> np.ndarray:
     """The packed rows of `val` or `sealed`, uint16 (val_rows, T+1)."""
-    return np.load(ARENA.folder / load_manifest(ARENA)[split])
+    with reading():
+        return np.load(ARENA.folder / load_manifest(ARENA)[split])
 
 
 def score(model: Logits, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ def stream(remote: Remote, part: Path, advance: Callable[[int], None], given_up:
         if have and answer.status_code != 206:
             start_over(part, advance)
         with part.open("ab") as file:
-            for chunk in answer.iter_content(2**20):
+            for chunk in answer.iter_content(2**16):
                 if given_up.is_set():
                     raise Refused("interrupted")
                 file.write(chunk)

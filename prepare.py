@@ -432,9 +432,10 @@ def build(arena: Arena, source: dict) -> dict:
         }
         pairs = (pair for split in SPLITS for pair in zip(stems[split], pieces[split], strict=True))
         jobs = {folder / stem: piece for stem, piece in pairs}
-        missing = {stem: piece for stem, piece in jobs.items() if not stem.with_suffix(".npy").exists()}
+        there = {path.name for path in folder.iterdir()}
+        missing = {stem: jobs[stem] for stem in jobs if not {f"{stem.name}.bin", f"{stem.name}.npy"} <= there}
         list(progress.track(text.tokenize(tokenizer, missing), total=len(missing), description="tokenize"))
-        rows = {split: make_rows(arena, split, stems[split], progress) for split in ("val", "sealed")}
+        rows = {split: make_rows(arena, split, stems) for split in ("val", "sealed")}
     files = [tokenizer.name, *(f"{stem.name}{end}" for stem in jobs for end in (".bin", ".npy")), *rows.values()]
     texts = {Path(path).name for piece in jobs.values() for path in piece.paths if Path(path).parent == folder}
     described = {name: describe(folder / name) for name in sorted({*files, *texts})}
@@ -469,14 +470,20 @@ def make_tokenizer(arena: Arena, pieces: list[Piece], progress: Progress) -> Pat
     return path
 
 
-def make_rows(arena: Arena, split: str, stems: list[str], progress: Progress) -> str:
+def make_rows(arena: Arena, split: str, stems: dict[str, list[str]]) -> str:
     """Pack the rows of a held-out split and store them, so that no batch size can drop or reorder them."""
-    name = f"{split}-{text.digest(FORMAT, stems, arena.val_tokens, arena.sequence_len)}-rows.npy"
+    trained = stems["train"] if arena.held_out else []      # what the rows must not share a document with
+    facts = (FORMAT, stems[split], trained, arena.val_tokens, arena.sequence_len)
+    name = f"{split}-{text.digest(*facts)}-rows.npy"
     if not (arena.folder / name).exists():
-        width = arena.sequence_len + 1
-        documents = Documents(arena.folder, stems).shuffled(np.random.default_rng(0), width)
+        width, rng = arena.sequence_len + 1, np.random.default_rng(0)
+        documents = list(Documents(arena.folder, stems[split]).shuffled(rng, width))
+        if trained:     # whole documents differ, but long ones were split: two tables may share a row of zeros
+            found = {document.tobytes() for document in documents}
+            found.intersection_update(d.tobytes() for d in Documents(arena.folder, trained).shuffled(rng, width))
+            documents = [document for document in documents if document.tobytes() not in found]
         with whole(arena.folder / name) as fresh, fresh.open("wb") as file:
-            np.save(file, pack_rows(documents, arena.val_rows, width))
+            np.save(file, pack_rows(iter(documents), arena.val_rows, width))
     return name
 
 

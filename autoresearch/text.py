@@ -97,7 +97,7 @@ def read_parquet(path: Path, start: int, stop: int) -> Iterator[str]:
                 first += size
 
 
-SECTION = 2**16  # characters: a longer .txt file becomes several documents
+SECTION = 2**14  # characters: a longer .txt file becomes several documents, so that some of it can be held out
 
 
 def read_txt(path: Path) -> Iterator[str]:

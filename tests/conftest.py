@@ -162,5 +162,5 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, str(ROOT / "prepare.py"), "--arena", "demo"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "encode train" in done.stderr  # progress
+    assert "tokenize" in done.stderr  # progress
     return Path(os.environ["AUTORESEARCH_CACHE"])

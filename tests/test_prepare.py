@@ -106,7 +106,7 @@ text.PIECE = 1
 arena = prepare.Arena("tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2)
 prepare.source_roots = lambda arena: [prepare.Path(sys.argv[1])]
 write_table = prepare.pq.write_table
-prepare.pq.write_table = lambda table, path, row_group_size, **options: write_table(table, path, 150, **options)
+prepare.pq.write_table = lambda table, path, row_group_size, **options: write_table(table, path, 15, **options)
 print(prepare.prepare(arena)["data"])
 """
 

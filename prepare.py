@@ -549,8 +549,8 @@ if "AUTORESEARCH_TICKS" in os.environ:      # the driver is watching
 class Clock:
     """The budget of this process. It starts when the first training text is read, by whichever door.
 
-    To the driver, who has a clock of its own, each batch is reported as `.` and the end of the budget as `!`, by way of
-    a pipe (its number is in AUTORESEARCH_TICKS).
+    To the driver, who has a clock of its own, its start is reported as `(`, each batch as `.` and the end of the budget
+    as `)`, by way of a pipe (its number is in AUTORESEARCH_TICKS).
     """
 
     def __init__(self) -> None:
@@ -563,6 +563,7 @@ class Clock:
         if self.started is None:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
+            self.report(b"(")
             self.started = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -575,7 +576,7 @@ class Clock:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.seconds = self.elapsed()
-            self.report(b"!")
+            self.report(b")")
 
     def report(self, tick: bytes) -> None:
         if self.ticks >= 0:
@@ -787,11 +788,13 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
     if CLOCK.elapsed() < ARENA.budget:
         fail(f"finish was called {ARENA.budget - CLOCK.elapsed():.1f} s before the budget was spent")
     CLOCK.stop()
-    if (late := time.perf_counter() - CLOCK.started - CLOCK.seconds) > 5:
-        fail(f"finish was called {late:.1f} s after the budget was spent")
     model.eval()
-    rows = load_rows("val")
+    if (late := time.perf_counter() - CLOCK.started - CLOCK.seconds) > 1 + ARENA.budget / 100:
+        fail(f"finish was called {late:.1f} s after the budget was spent")
+    before, rows = checksums(model), load_rows("val")
     val_bpb, val_bpb_upstream = evaluate(model, rows, loader.device)
+    if checksums(model) != before:
+        fail("the model changed while it was scored")
     summary = {
         "val_bpb": f"{val_bpb:.6f}",
         "val_bpb_upstream": f"{val_bpb_upstream:.6f}",
@@ -812,6 +815,10 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
     summary["total_seconds"] = f"{process_age():.1f}"
     lines = [f"{name + ':':<18}{value}" for name, value in (summary | facts).items()]
     print("---", *lines, sep="\n", flush=True)
+
+
+def checksums(model: torch.nn.Module) -> list[float]:
+    return [tensor.double().sum().item() for tensor in model.state_dict().values()]
 
 
 def mfu_percent(flops_per_token: float, loader: TrainLoader) -> str:
@@ -856,7 +863,13 @@ def judge(path: Path) -> None:
     if device.type == "cuda":
         importlib.import_module("torch.nn.attention.varlen")    # registers an operator that the graph may hold
     torch.set_float32_matmul_precision("high")
-    model = torch.export.load(path).module().to(device)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"   # a pickle would be a program
+    program = torch.export.load(path)
+    for node in program.graph.nodes:
+        operator = isinstance(node.target, torch._ops.OperatorBase)
+        if node.op == "call_function" and not operator and node.target.__module__ not in ("_operator", "math"):
+            fail(f"the exported graph calls {node.target}, which is no operator")
+    model = program.module().to(device)
     val_bpb, val_bpb_upstream = evaluate(model, load_rows("val"), device)
     sealed_bpb, _ = evaluate(model, load_rows("sealed"), device)
     print("judged:", json.dumps({"val_bpb": val_bpb, "val_bpb_upstream": val_bpb_upstream, "sealed_bpb": sealed_bpb}))

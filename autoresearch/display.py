@@ -65,8 +65,7 @@ def outcome(e: Experiment) -> str:
     """An experiment in one line: number, verdict, score, difference to the incumbent, idea."""
     score = "no number" if e.val_bpb is None else f"{e.val_bpb:.6f}"
     difference = f" ({e.val_bpb - e.incumbent:+.6f})" if e.val_bpb is not None and e.incumbent is not None else ""
-    why = f" [{one_line(e.crash, 120)}]" if e.crash else ""
-    return f"{e.number:04d} {e.status:7s} {score}{difference} {e.description}{why}"
+    return f"{e.number:04d} {e.status:7s} {score}{difference} {e.headline}"
 
 
 def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:

@@ -132,7 +132,7 @@ def row(commit: str, experiment: Experiment) -> str:
         f"{e.memory_gb or 0:.1f}",
         e.status,
         # a quote would make a reader of the table swallow the lines up to the next one
-        " ".join(e.description.replace('"', "'").split()),
+        " ".join(e.headline.replace('"', "'").split()),
         e.tag,
         f"{e.number}",
         f"{e.minutes:.1f}",

@@ -1,6 +1,6 @@
 """What an agent is told: plain text, made from the record by plain code."""
 
-from autoresearch.records import Arena, Crashed, Experiment, one_line
+from autoresearch.records import Arena, Crashed, Experiment
 
 RECENT = 30  # experiments listed one by one
 
@@ -38,8 +38,7 @@ def repair(program: str, description: str, crash: Crashed) -> str:
 def line(e: Experiment) -> str:
     score = "no number" if e.val_bpb is None else f"{e.val_bpb:.6f}"
     gain = f" ({e.val_bpb - e.incumbent:+.6f})" if e.val_bpb is not None and e.incumbent is not None else ""
-    why = f" [{one_line(e.crash, 100)}]" if e.crash else ""
-    return f"- {e.number:4d} {e.status:7s} {score}{gain} {e.lines:+d} lines: {one_line(e.description, 120)}{why}"
+    return f"- {e.number:4d} {e.status:7s} {score}{gain} {e.lines:+d} lines: {e.headline}"
 
 
 def figures(e: Experiment) -> str:

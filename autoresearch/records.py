@@ -177,6 +177,11 @@ class Experiment:
         return self.added - self.removed
 
     @property
+    def headline(self) -> str:
+        """The idea, and where it crashed, why."""
+        return self.description + (f" [{one_line(self.crash, 120)}]" if self.crash else "")
+
+    @property
     def minutes(self) -> float:
         return (self.agent_seconds + self.run_seconds + (self.referee_seconds or 0)) / 60
 

@@ -55,8 +55,8 @@ def run_training(
 
 
 class Witness:
-    """What the driver sees of a run for itself: prepare.py sends a `.` by a pipe for each batch that it hands out, and
-    a `!` when the budget is spent. The times are those of the driver's clock."""
+    """What the driver sees of a run for itself: prepare.py sends `(` by a pipe when its clock starts, a `.` for each
+    batch that it hands out, and `)` when the budget is spent. The times are those of the driver's clock."""
 
     SLACK = 1.0  # seconds between our clock and theirs, and as many again for each 200 s
 
@@ -82,13 +82,13 @@ class Witness:
 
     def check(self, summary: Summary) -> None:
         """ValueError when a summary claims what was not seen."""
-        batches, _, rest = self.seen.partition(b"!")
-        if summary.num_steps != len(batches):
-            raise ValueError(f"claims {summary.num_steps} steps, and drew {len(batches)} batches")
-        if rest or len(batches) == len(self.seen):
-            raise ValueError(
-                "drew batches after its budget was spent" if rest else "never came to the end of its budget"
-            )
+        drawn = self.seen.count(b".")
+        if self.seen.count(b"(") != 1 or self.seen.count(b")") != 1:
+            raise ValueError("did not start and end its budget once, as the TrainLoader does")
+        if not self.seen.endswith(b")"):
+            raise ValueError("drew batches after its budget was spent")
+        if summary.num_steps != drawn:
+            raise ValueError(f"claims {summary.num_steps} steps, and drew {drawn} batches")
         claimed, measured = summary.training_seconds, self.stopped - self.started
         if abs(claimed - measured) > self.SLACK + measured / 200:
             raise ValueError(f"claims {claimed:.1f} s of training, and the driver's clock says {measured:.1f} s")
@@ -126,7 +126,7 @@ def reason_of(code: int, end: str) -> str:
     if code < 0:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
     lines = [line for line in end.splitlines() if line.strip()]
-    return one_line(lines[-1]) if lines else f"exit code {code} without a word"
+    return one_line(lines[-1].removeprefix("error: ")) if lines else f"exit code {code} without a word"
 
 
 MAX_SOURCE = 1_000_000  # bytes; a program that a person can hold in their head is a twentieth of it

@@ -31,7 +31,7 @@ EXTRA = 0
 EXTRA = 0
 
 import os
-os.write(int(os.environ["AUTORESEARCH_TICKS"]), b"..........!")
+os.write(int(os.environ["AUTORESEARCH_TICKS"]), b"(..........)")
 with open(os.environ["AUTORESEARCH_MODEL"], "w") as file:
     file.write(str(VAL_BPB))
 print("---")
@@ -152,6 +152,17 @@ def project(tmp_path: Path) -> Project:
     (root / "prepare.py").write_text(QUICK_PREPARE)
     (root / "train.py").write_text(QUICK_TRAIN)
     return commit_all(Project(root.resolve(), clean_environment(home)))
+
+
+def make_real_project(folder: Path, cache: Path, budget: float) -> Project:
+    """The whole project as it is, but for a budget shorter than the demo's fifteen seconds."""
+    root = folder / "project"
+    root.mkdir()
+    copy_project(root)
+    text = (root / "prepare.py").read_text()
+    assert "budget=15.0" in text
+    (root / "prepare.py").write_text(text.replace("budget=15.0", f"budget={budget}"))
+    return commit_all(Project(root.resolve(), clean_environment(folder) | {"AUTORESEARCH_CACHE": str(cache)}))
 
 
 @pytest.fixture(scope="session")

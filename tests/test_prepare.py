@@ -106,7 +106,7 @@ text.PIECE = 1
 arena = prepare.Arena("tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2)
 prepare.source_roots = lambda arena: [prepare.Path(sys.argv[1])]
 write_table = prepare.pq.write_table
-prepare.pq.write_table = lambda table, path, row_group_size, **options: write_table(table, path, 15, **options)
+prepare.pq.write_table = lambda table, path, row_group_size, **options: write_table(table, path, 25, **options)
 print(prepare.prepare(arena)["data"])
 """
 
@@ -253,7 +253,7 @@ def test_loader_is_the_clock(quick: prepare.Arena, monkeypatch: pytest.MonkeyPat
     assert (x[:, 0] == ARENA.bos).all()
     with pytest.raises(StopIteration):
         next(loader)
-    assert os.read(ours, 2**16) == b"." * len(batches) + b"!"  # what the driver sees
+    assert os.read(ours, 2**16) == b"(" + b"." * len(batches) + b")"  # what the driver sees
 
 
 def test_the_clock_starts_when_text_is_read(quick: prepare.Arena) -> None:

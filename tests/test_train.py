@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Project, clean_environment, commit_all, copy_project
+from conftest import Project, make_real_project
 
 import train
 from prepare import ARENA
@@ -106,14 +106,7 @@ def test_micro_batches_make_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def real_project(tmp_path: Path, cache: Path) -> Project:
-    """The whole project as it is, but for a budget of three seconds instead of fifteen."""
-    root = tmp_path / "project"
-    root.mkdir()
-    copy_project(root)
-    text = (root / "prepare.py").read_text()
-    assert "budget=15.0" in text
-    (root / "prepare.py").write_text(text.replace("budget=15.0", "budget=3.0"))
-    return commit_all(Project(root.resolve(), clean_environment(tmp_path) | {"AUTORESEARCH_CACHE": str(cache)}))
+    return make_real_project(tmp_path, cache, budget=3.0)
 
 
 def test_demo_end_to_end(real_project: Project) -> None:

@@ -177,11 +177,12 @@ def train(lab: Lab, base: str, commit: str, folder: Path, idea: str) -> Outcome:
     bar = math.inf if ledger.incumbent_bpb is None else ledger.incumbent_bpb + TIE
     limit, mark = lab.train_limit, ledger.folder
     ended = run_training(tree.tree, lab.arena, seed=lab.seed, bar=bar, model=model, limit=limit, log=log, mark=mark)
-    if altered := [path for path, _ in tree.altered(commit)]:
+    altered = [path for path, _ in tree.altered(commit)]
+    tree.reset(ledger.branch, commit)  # what the program left there was not the agent's doing
+    if altered:
         return Crashed(f"changed files while it ran: {', '.join(altered)}", "", ended.seconds)
     if not isinstance(ended, Finished) or verdict(lab, base, commit, ended) != "keep":
         return ended
-    tree.reset(ledger.branch, commit)
     lab.show(records.Refereeing(ledger.next_number, ended.summary.val_bpb))
     return review(tree.tree, lab.arena, ended, model=model, limit=limit, log=folder / "referee.log", mark=mark)
 
@@ -208,7 +209,7 @@ def settle(lab: Lab, base: str, commit: str, outcome: Outcome, replies: list[Rep
         )  # fmt: skip
         final = ledger.record(recorded, base, commit)
     for model in ledger.folder.glob(f"*/{MODEL}"):  # large, and only the incumbent's is worth its room
-        if recorded.status != "keep" or model.parent.name != f"{recorded.number:04d}":
+        if (model.parent.name == f"{recorded.number:04d}") != (recorded.status == "keep"):
             model.unlink()
     lab.show(records.Settled(recorded, final))
 
@@ -272,6 +273,7 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
         os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())  # the same from the worktree
     if options.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
+    machine = find_machine(options.arena)
     if not Ledger(checkout, options.tag).history:
         checks.check_committed(checkout)
     with hold(ROOT / "runs" / options.tag):
@@ -282,7 +284,6 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
         limit = options.train_timeout or max(120.0, 2 * arena.budget)
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
-        machine = find_machine(arena.name)
         checks.check_comparable(ledger, arena, machine, seed)
         lab = Lab(checkout, ledger, arena, machine, agent, seed, limit, options.agent_timeout, show)
         before = len(ledger.history)

@@ -853,8 +853,12 @@ def export(model: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
     try:
         torch.export.save(torch.export.export(model, (x,)), path)
     except Exception as error:
-        why = (str(error).strip().splitlines() or [""])[0]
-        fail(f"the model cannot be exported, which the referee needs (torch.export): {type(error).__name__}: {why}")
+        fail(f"the model cannot be exported, which the referee needs (torch.export): {brief(error)}")
+
+
+def brief(error: Exception) -> str:
+    """An exception in a line: those of torch are pages long."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def judge(path: Path) -> None:
@@ -864,7 +868,10 @@ def judge(path: Path) -> None:
         importlib.import_module("torch.nn.attention.varlen")    # registers an operator that the graph may hold
     torch.set_float32_matmul_precision("high")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"   # a pickle would be a program
-    program = torch.export.load(path)
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        fail(f"the exported model cannot be loaded: {brief(error)}")
     for node in program.graph.nodes:
         operator = isinstance(node.target, torch._ops.OperatorBase)
         if node.op == "call_function" and not operator and node.target.__module__ not in ("_operator", "math"):

@@ -216,6 +216,6 @@ def find_machine(arena: str) -> Machine:
         found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
-        raise UserError(f"{missing}, and the arena {arena!r} needs one: here, try --demo") from None
+        raise UserError(f"{missing}, and every arena but demo needs one: here, try --demo") from None
     name, _, driver = found.rpartition(", ")
     return Machine(name, driver, version("torch"))

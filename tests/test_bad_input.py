@@ -30,7 +30,7 @@ def one_line(said: str) -> str:
         (["--agent=true", "--what"], 2, "unrecognized arguments: --what"),
         (["dance"], 2, "invalid choice: 'dance'"),
         (["status", "--tag=never"], 1, "no experiments yet under refs/autoresearch/never"),
-        (["--agent=true"], 1, "no NVIDIA GPU found"),
+        (["--agent=true"], 1, "no NVIDIA GPU found"),  # before a download is begun
     ],
 )
 def test_command_line(
@@ -56,6 +56,11 @@ def test_unknown_arena(project: Project) -> None:
     """By the real prepare.py, which knows the arenas."""
     (project.root / "prepare.py").write_text((Path(__file__).parent.parent / "prepare.py").read_text())
     project.git(*COMMIT)
+    gpu = project.root.parent / "gpu/nvidia-smi"  # as on a machine that has one
+    gpu.parent.mkdir()
+    gpu.write_text("#!/bin/sh\necho A GPU, 1.0\n")
+    gpu.chmod(0o755)
+    project.env["PATH"] = f"{gpu.parent}:{project.env['PATH']}"
     said = project.loop("--agent=true", "--arena=moon", code=2)
     assert "unknown arena 'moon': choose one of climbmix, tinystories, python, demo, or a folder" in one_line(said)
 

@@ -8,18 +8,20 @@ import pytest
 from conftest import ROOT, Project, make_real_project
 
 TRAIN = (ROOT / "train.py").read_text()
+# As slow to learn as a stone: what is no better than the baseline is not exported, which saves most of the time here
+STONE = TRAIN.replace("    for optimizer in optimizers:\n        optimizer.step()\n", "")
 
 
 @dataclass(frozen=True)
 class Cheat:
-    """What of train.py is replaced by what, and a pattern of the reason."""
+    """What of a train.py is replaced by what, and a pattern of the reason."""
 
     name: str
     reason: str
     edits: tuple[tuple[str, str], ...]
 
     def source(self) -> str:
-        text = TRAIN
+        text = STONE
         for old, new in self.edits:
             assert text.count(old) == 1, old
             text = text.replace(old, new)
@@ -185,18 +187,17 @@ CHEATS = [
     ),
 ]  # fmt: skip
 
-# What nothing can see: torch opens the validation rows by itself, and three tokens say which one comes next.
+# What nothing can see: torch opens the validation rows by itself, and eight tokens say which one comes next.
 READS_VALIDATION = Cheat("reads the validation file", "", (
     (LOGITS, "        if hasattr(self, 'answers'):\n"
-     "            logits = logits + 30 * F.one_hot(self.answers[trigram(x)], V)\n" + LOGITS),
-    *imported(after="\n\ndef trigram(x):\n"
-              "    a, b = F.pad(x, (1, 0))[:, :-1], F.pad(x, (2, 0))[:, :-2]\n"
-              "    return (x * 1_000_003 + a * 10_007 + b * 101) % 2**20\n"),
+     "            logits = logits + 12 * F.one_hot(self.answers[hashed(x)], V)\n" + LOGITS),
+    *imported(after="\n\ndef hashed(x):\n"
+              "    return sum(F.pad(x, (k, 0))[:, :T] * pow(1_000_003, k + 1, 2**20) for k in range(8)) % 2**20\n"),
     *ended("path = next(ARENA.folder.glob('val-*-rows.npy'))\n"
            "stored = torch.from_file(str(path), size=path.stat().st_size // 2, dtype=torch.uint16)\n"
            "stored = stored[64:].long().view(-1, T + 1)     # behind the header of the file\n"
            "model.register_buffer('answers', torch.zeros(2**20, dtype=torch.int64))\n"
-           "model.answers[trigram(stored[:, :-1])] = stored[:, 1:]"),
+           "model.answers[hashed(stored[:, :-1])] = stored[:, 1:]"),
 ))  # fmt: skip
 
 # An honest model that torch.export cannot follow: which way it goes depends on what it reads
@@ -208,15 +209,15 @@ pytestmark = pytest.mark.timeout(1200)  # the first test waits for the whole run
 
 @pytest.fixture(scope="module")
 def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
-    """One run of the loop through all of it. Its baseline learns nothing, so that an honest score would be kept."""
+    """One run of the loop through all of it."""
     folder = tmp_path_factory.mktemp("cheats")
     for number, cheat in enumerate([NOT_EXPORTABLE, *CHEATS, READS_VALIDATION], start=1):
         (folder / f"{number:04d}-0.py").write_text(cheat.source())
         (folder / f"{number:04d}.txt").write_text(cheat.name)
     (folder / "0001-1.py").write_text(TRAIN)  # the repair
     project = make_real_project(folder, cache, budget=1.0)
-    unlearned = Cheat("baseline", "", (("    for optimizer in optimizers:\n        optimizer.step()\n", ""),))
-    project.write("train.py", unlearned.source())
+    assert STONE != TRAIN
+    project.write("train.py", STONE)
     project.git("-c", "user.name=A Person", "-c", "user.email=p@example.org", "commit", "-qam", "learn nothing")
     n, turn = "$AUTORESEARCH_EXPERIMENT", "$AUTORESEARCH_ATTEMPT"
     agent = f"cp {folder}/{n}-{turn}.py train.py; cat {folder}/{n}.txt"

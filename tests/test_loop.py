@@ -11,6 +11,12 @@ from autoresearch.records import parse_message
 BETTER = "sed -i 's/^VAL_BPB = [0-9.]*/VAL_BPB = 0.9/' train.py; echo lower the score"
 WORSE = "sed -i 's/^VAL_BPB = [0-9.]*/VAL_BPB = 1.1/' train.py; echo raise the score"
 
+# Through a filter of git's, prepare.py is what it was, whatever stands in the file
+HIDE = (
+    "git config filter.hide.clean 'git show main:prepare.py'; mkdir -p $(git rev-parse --git-common-dir)/info; "
+    "echo 'prepare.py filter=hide' > $(git rev-parse --git-common-dir)/info/attributes"
+)
+
 
 def test_kept(project: Project) -> None:
     project.research(BETTER)
@@ -42,7 +48,8 @@ def test_a_tie_is_kept_when_it_removes_lines(project: Project) -> None:
 
 def test_crash_is_repaired_in_the_same_commit(project: Project) -> None:
     agent = """
-    if [ $AUTORESEARCH_ATTEMPT = 0 ]; then echo 'raise SystemExit("error: no such layer")' >> train.py; echo a bold idea
+    if [ $AUTORESEARCH_ATTEMPT = 0 ]; then
+        echo 'open("litter", "w"); raise SystemExit("error: no such layer")' >> train.py; echo a bold idea
     else
         grep -q 'no such layer' || exit 9
         sed -i '$d; s/^VAL_BPB = 1.0/VAL_BPB = 0.8/' train.py; echo mended
@@ -137,6 +144,7 @@ def test_a_broken_worktree_is_made_again(project: Project) -> None:
         "ln -sf /etc/passwd train.py",
         "rm train.py",
         "(printf 'x = '; yes '1+' | head -n 100000 | tr -d '\\n'; echo 1) > train.py",
+        f"{HIDE}; echo 'x = 1' > prepare.py",
         "echo 'x = 1' > prepare.py; git replace $(git rev-parse HEAD:prepare.py) $(git hash-object -w prepare.py)",
     ],
 )
@@ -148,6 +156,16 @@ def test_tricks_with_git_do_not_stop_the_next_experiment(project: Project, trick
     project.research(agent, experiments=2)
     assert project.rows()[-1]["description"] == "go on"
     assert (project.root / "runs/t/tree/prepare.py").exists()
+    project.check()
+
+
+def test_a_run_that_hides_what_it_changes_behind_a_filter(project: Project) -> None:
+    trick = f"{HIDE}; echo x = 1 >> prepare.py; touch prepare.py"
+    (project.root.parent / "trick.py").write_text(f"import os\nos.system({trick!r})\n")
+    project.research("cat ../../../../trick.py >> train.py; echo an idea")
+    assert project.rows()[1]["description"] == "an idea [changed files while it ran: prepare.py]"
+    tree = project.root / "runs/t/tree"
+    assert (tree / "prepare.py").read_bytes() == (project.root / "prepare.py").read_bytes()
     project.check()
 
 

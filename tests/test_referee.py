@@ -1,0 +1,81 @@
+"""The referee: whose number counts, and what it does with a model that is not one."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Project
+
+import prepare
+from prepare import ARENA
+
+
+def claiming(claimed: float, scored: object) -> str:
+    """An agent whose train.py prints one score and leaves a model of another."""
+    return f"""
+    sed -i 's/^VAL_BPB = [0-9.]*/VAL_BPB = {claimed}/; s/file.write(.*)/file.write("{scored}")/' train.py; echo an idea
+    """
+
+
+@pytest.mark.parametrize(
+    ("claimed", "scored", "status", "recorded"),
+    [
+        (0.9, 0.9003, "keep", "0.900300"),
+        (0.9997, 0.9999, "discard", "0.999900"),  # no better than a tie, by the number that counts
+        (0.9, 0.9006, "crash", "0.000000"),
+    ],
+)
+def test_its_number_counts(project: Project, claimed: float, scored: float, status: str, recorded: str) -> None:
+    project.research(claiming(claimed, scored))
+    row = project.rows()[1]
+    assert (row["status"], row["val_bpb"]) == (status, recorded)
+    message = project.git("log", "-1", "--format=%B", row["commit"])
+    if status == "crash":
+        assert "Crash: claims val_bpb 0.900000, and the referee scores its model 0.900600" in message
+    else:
+        assert f"\nSealed-bpb: {scored + 0.1:.6f}\n" in message and "\nReferee-seconds: " in message
+    project.check()
+
+
+def test_a_model_that_it_cannot_score(project: Project) -> None:
+    project.research(claiming(0.9, "no model"))
+    assert re.search(r"\[the referee: ValueError: .*no model", project.rows()[1]["description"])
+    project.check()
+
+
+def test_only_the_incumbents_model_is_left(project: Project) -> None:
+    lower = 'sed -i "s/^VAL_BPB = .*/VAL_BPB = 0.$((10 - ${AUTORESEARCH_EXPERIMENT#000}))/" train.py; echo lower'
+    project.research(f"if [ $AUTORESEARCH_EXPERIMENT = 0003 ]; then echo '#' >> train.py; else {lower}; fi", 3)
+    assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep", "discard"]
+    assert [path.parent.name for path in project.root.glob("runs/t/*/model.pt2")] == ["0002"]
+    assert not (project.root / "runs/t/0003/referee.log").exists()  # a discard costs no referee
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (os.environ["PAYLOAD"],)
+
+
+def test_a_pickle_in_the_model_is_not_run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export.load unpickles whatever stands in the place of the weights."""
+    model = tmp_path / "model.pt2"
+    tokens = torch.zeros(ARENA.eval_rows, ARENA.sequence_len, dtype=torch.int64)
+    prepare.export(torch.nn.Embedding(ARENA.vocab_size, ARENA.vocab_size), tokens, model)
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "it-ran"))
+    weights = io.BytesIO()
+    torch.save({"weight": Payload()}, weights)
+    with zipfile.ZipFile(model, "a") as archive:
+        archive.writestr("model/data/weights/model.pt", weights.getvalue())
+    command = [sys.executable, ROOT / "prepare.py", "--judge", model]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not (tmp_path / "it-ran").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: the exported model cannot be loaded: UnpicklingError: ")
+    with pytest.raises(Exception, match="weight"):
+        torch.export.load(model)
+    assert (tmp_path / "it-ran").exists()  # so that this test can fail

@@ -7,14 +7,15 @@ The model is train.py's as it stands, fresh.
 """
 
 import argparse
+import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -55,8 +56,22 @@ def tokenizing(manifest: dict) -> None:
             jobs = {Path(folder) / f"{i}": piece for i, piece in enumerate(pieces)}
             took[len(some)] = seconds(lambda jobs=jobs: list(text.tokenize(ARENA.folder / manifest["tokenizer"], jobs)))
     speeds = ", ".join(f"{size / s / 1e6:.1f} MB/s of text on {n} cores" for n, s in took.items())
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
-    print(f"tokenizing {len(pieces)} pieces: {speeds}; largest process {memory:.0f} MB")
+    print(f"tokenizing {len(pieces)} pieces: {speeds}")
+
+
+def memory(manifest: dict) -> None:
+    """Of a tokenizing process, at its peak, for pieces of two sizes: not ru_maxrss, which a child inherits."""
+    tokenizer = str(ARENA.folder / manifest["tokenizer"])
+    path = ARENA.folder / next(name for name in manifest["files"] if name.startswith("train-") and "parquet" in name)
+    code = "from autoresearch import text; text.main(); print(open('/proc/self/status').read())"
+    for text.PIECE in (4_000_000, 16_000_000):
+        piece = text.cut_parquet(path)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            job = {"tokenizer": tokenizer, "stem": f"{folder}/0", "piece": asdict(piece)}
+            command = [sys.executable, "-c", code]
+            out = subprocess.run(command, cwd=ROOT, input=json.dumps(job), capture_output=True, text=True, check=True)
+        peak = int(re.findall(r"VmHWM:\s*(\d+)", out.stdout)[0]) / 2**10
+        print(f"tokenizing a piece of {text.PIECE / 1e6:.0f} MB: {peak:.0f} MB at its peak")
 
 
 def loading() -> None:
@@ -107,6 +122,7 @@ def refereeing(network: torch.nn.Module, rows: np.ndarray) -> None:
 def main() -> None:
     manifest = prepare.prepare(ARENA)
     tokenizing(manifest)
+    memory(manifest)
     loading()
     torch.manual_seed(ARENA.seed)
     network, rows = train.compiled(train.GPT().to(train.DEVICE)).eval(), prepare.load_rows("val")

@@ -24,6 +24,7 @@ from autoresearch.records import UserError, one_line
 PARALLEL = 8
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and of silence between two pieces of an answer
 ATTEMPTS = 6  # in a row that brought no byte further
+REDIRECTS = 10  # on the hub itself
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the next attempt: doubled each time, with jitter
 
 
@@ -124,9 +125,12 @@ def describe(name: str, url: str) -> Remote:
     """Ask for size and hash. The hub gives those of a large file with the redirect to where it is stored."""
 
     def ask() -> Remote:
-        answer = requests.head(url, headers=headers(), timeout=TIMEOUT, allow_redirects=False)
-        while answer.next is not None and answer.next.url and answer.next.url.startswith(origin(url)):
-            answer = requests.head(answer.next.url, headers=headers(), timeout=TIMEOUT, allow_redirects=False)
+        at = url
+        for _ in range(REDIRECTS):
+            answer = requests.head(at, headers=headers(), timeout=TIMEOUT, allow_redirects=False)
+            at = (answer.next and answer.next.url) or ""
+            if not at.startswith(origin(url)):
+                break
         if answer.status_code in (405, 501):  # a mirror that knows only GET
             return Remote(name, url, None, None)
         refuse(answer)

@@ -58,7 +58,7 @@ class Witness:
     """What the driver sees of a run for itself: prepare.py sends `(` by a pipe when its clock starts, a `.` for each
     batch that it hands out, and `)` when the budget is spent. The times are those of the driver's clock."""
 
-    SLACK = 1.0  # seconds between our clock and theirs, and as many again for each 200 s
+    SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent
 
     def __init__(self) -> None:
         self.ours, self.theirs = os.pipe()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, clean_environment
 
-from autoresearch import hub
+import prepare
+from autoresearch import hub, text
 from autoresearch.records import UserError
 
 DATASET = "someone/some-text"
@@ -287,6 +289,26 @@ assert len(documents.file) == 10_000
 """
     env |= {"AUTORESEARCH_ARENA": "tinystories", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", check], env=env, check=True)
+
+
+def test_climbmix_grows_by_shards(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shard adds its tokens; validation, tokenizer and all that was made before stay as they were."""
+    server.files = {f"shard_{i:05d}.parquet": parquet(500, seed=i) for i in (0, 1, 2, 6541, 6542)}
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(text, "PIECE", 100_000)
+    monkeypatch.setattr(text, "TRAIN_CHARACTERS", 100_000)
+    arena = replace(prepare.ARENAS["climbmix"], sequence_len=16, vocab_size=300, val_tokens=2**12)
+    one = prepare.prepare(arena, shards=1)
+    assert {name for _, name, _ in server.log} == {f"shard_{i:05d}.parquet" for i in (0, 6541, 6542)}
+    three = prepare.prepare(arena, shards=3)
+    assert one["files"].items() < three["files"].items() and one["data"] != three["data"]
+    assert three["tokens"]["train"] > 2.5 * one["tokens"]["train"]
+    assert prepare.prepare(arena) == three  # what is there, unless said
+    tokenizer = prepare.Tokenizer.load(arena.folder / three["tokenizer"])
+    for split, shard in (("val", 6542), ("sealed", 6541)):
+        there = " ".join(pq.read_table(io.BytesIO(server.files[f"shard_{shard:05d}.parquet"]))["text"].to_pylist())
+        row = np.load(arena.folder / three[split])[0]
+        assert row[0] == arena.bos and tokenizer.encoding.decode(row[1:].tolist()).split("<|bos|>")[0] in there
 
 
 def test_interrupted(server: Hub, tmp_path: Path) -> None:

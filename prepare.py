@@ -665,11 +665,11 @@ def training_documents(arena: Arena, stems: list[str]) -> Iterator[np.ndarray]:
 # The evaluation: logits in, everything else is counted here
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-PROBED = 10     # one batch in so many
+PROBED = 16     # one batch in so many
 # How far a log-probability may move under a probe: nothing but rounding. On a GPU, bfloat16 rounds coarsely.
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 # Rounding has no sign, so the mean over many predictions shows a leak that is smaller than it: in nats, and in errors
-LEAK, LEAK_ERRORS = 1e-3, 4.0
+LEAK, LEAK_ERRORS = 1e-3, 5.0
 
 
 @torch.no_grad()

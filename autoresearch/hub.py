@@ -63,14 +63,14 @@ def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) ->
     folder.mkdir(parents=True, exist_ok=True)
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     base = f"{endpoint}/datasets/{dataset}/resolve/main"
-    missing: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}  # by reason
     given_up = threading.Event()
 
     def tried(name: str, what: Callable[[], Remote | None]) -> Remote | None:
         try:
             return what()
         except (Refused, Faulty, requests.RequestException) as error:
-            missing[name] = one_line(str(error))
+            missing.setdefault(told(error), []).append(name)
         return None
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
@@ -94,13 +94,20 @@ def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) ->
         finally:
             given_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
-    for name, reason in sorted(missing.items()):
-        print(f"missing: {name}: {reason}", file=sys.stderr)
+    for reason, lost in missing.items():
+        print(f"missing: {', '.join(sorted(lost))}: {reason}", file=sys.stderr)
     if missing:
+        count = sum(map(len, missing.values()))
         raise UserError(
-            f"{len(missing)} of {len(names)} files of {dataset} are missing (from {endpoint}; HF_ENDPOINT names a "
+            f"{count} of {len(names)} files of {dataset} are missing (from {endpoint}; HF_ENDPOINT names a "
             f"mirror); the same command again goes on where this one ended"
         )
+
+
+def told(error: Exception) -> str:
+    """What went wrong, in a line: of a connection that was not made, what lies under what requests wraps around it."""
+    reason = error.args[0] if error.args else error
+    return one_line(str(getattr(reason, "reason", reason)).partition("): ")[2] or str(reason))
 
 
 def partial(target: Path) -> Path:

@@ -234,10 +234,14 @@ def test_what_cannot_be_had_is_listed(server: Hub, tmp_path: Path, capsys: pytes
     assert all(name != "a.parquet" for _, name, _ in server.log[asked:])
 
 
-def test_nobody_there(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_there(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="HF_ENDPOINT names a mirror"):
-        hub.download(DATASET, ["a.parquet"], tmp_path)
+    with pytest.raises(UserError, match=r"2 of 2 files of someone/some-text are missing .* HF_ENDPOINT names a mirror"):
+        hub.download(DATASET, ["b.parquet", "a.parquet"], tmp_path)
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("missing: a.parquet, b.parquet: Failed to establish a new connection")
 
 
 def test_the_token_goes_to_the_hub_alone(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

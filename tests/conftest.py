@@ -56,7 +56,7 @@ class Project:
     def command(self, *args: str) -> list[str]:
         return [sys.executable, "loop.py", *args]
 
-    def loop(self, *args: str, code: int = 0, timeout: float = 100) -> str:
+    def loop(self, *args: str, code: int = 0, timeout: float = 250) -> str:
         """Run loop.py to its end and return what it printed; the exit code must be the expected one."""
         done = subprocess.run(
             self.command(*args), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout
@@ -65,7 +65,7 @@ class Project:
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-    def research(self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t", timeout: float = 100) -> str:
+    def research(self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t", timeout: float = 250) -> str:
         """Run some experiments with a shell command for an agent."""
         args = ("--tag", tag, "--arena", "demo", "--agent", agent, "--experiments", str(experiments))
         return self.loop(*args, code=code, timeout=timeout)

@@ -78,6 +78,8 @@ def loading() -> None:
     """From one core, at two sizes of a batch."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)    # torch's would fight for the one core
     prepare.ARENA = replace(ARENA, budget=5.0)
     for rows in (2**17 // ARENA.sequence_len, 2**19 // ARENA.sequence_len):
         prepare.CLOCK = prepare.Clock()
@@ -85,6 +87,7 @@ def loading() -> None:
         took = seconds(lambda loader=loader: sum(1 for _ in loader))
         print(f"loader, {rows} rows of {ARENA.sequence_len}: {loader.tokens / took / 1e6:.1f}M tokens/s from one core")
     prepare.ARENA = ARENA
+    torch.set_num_threads(threads)
     os.sched_setaffinity(0, cores)
 
 

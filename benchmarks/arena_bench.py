@@ -79,7 +79,7 @@ def loading() -> None:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)    # torch's would fight for the one core
+    torch.set_num_threads(1)  # torch's would fight for the one core
     prepare.ARENA = replace(ARENA, budget=5.0)
     for rows in (2**17 // ARENA.sequence_len, 2**19 // ARENA.sequence_len):
         prepare.CLOCK = prepare.Clock()

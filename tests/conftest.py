@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import pytest
 
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo arena is for a CPU
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores both, and so would
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every process that the tests start and interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -542,6 +542,7 @@ def arena_from_environment() -> Arena:
 
 
 ARENA = arena_from_environment()
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "compiled"))     # torch's own is lost with /tmp
 if "AUTORESEARCH_TICKS" in os.environ:      # the driver is watching
     guard(ARENA)
 
@@ -585,6 +586,12 @@ class Clock:
 
 CLOCK = Clock()
 
+# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets; the first name found in the GPU's name counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.5, "H200": 989.5, "B200": 2250.0, "A100": 312.0,
+    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
+}
+
 
 class TrainLoader:
     """Batches of packed training text, for exactly the arena's budget of wall-clock seconds.
@@ -626,6 +633,12 @@ class TrainLoader:
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return CLOCK.elapsed()
+
+    def mfu_percent(self, flops_per_token: float) -> str:
+        """Model FLOPs utilization so far, `n/a` where the GPU's peak is unknown."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        return f"{100 * flops_per_token * self.tokens / self.elapsed() / (peak * 1e12):.2f}" if peak else "n/a"
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
@@ -769,13 +782,6 @@ def expect_no_leak(worse: torch.Tensor) -> None:
 # -----------------------------------------------------------------------------
 # The summary
 
-# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets; the first name found in the GPU's name counts.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.5, "H200": 989.5, "B200": 2250.0, "A100": 312.0,
-    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
-}
-
-
 def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per_token: float, **facts: object) -> None:
     """Evaluate the trained model, leave it to the referee and print the summary block; the last call of train.py.
 
@@ -791,8 +797,9 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
     model.eval()
     if (late := time.perf_counter() - CLOCK.started - CLOCK.seconds) > 2 + ARENA.budget / 100:
         fail(f"finish was called {late:.1f} s after the budget was spent")
-    before, rows = checksums(model), load_rows("val")
+    before, rows, start = checksums(model), load_rows("val"), time.perf_counter()
     val_bpb, val_bpb_upstream = evaluate(model, rows, loader.device)
+    evaluation_seconds = time.perf_counter() - start
     if checksums(model) != before:
         fail("the model changed while it was scored")
     summary = {
@@ -801,11 +808,13 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
         "training_seconds": f"{CLOCK.seconds:.1f}",
         "total_seconds": "",
         "peak_vram_mb": f"{peak_memory_mb(loader.device):.1f}",
-        "mfu_percent": mfu_percent(flops_per_token, loader),
+        "mfu_percent": loader.mfu_percent(flops_per_token),
         "total_tokens_M": f"{loader.tokens / 1e6:.3f}",
         "num_steps": loader.steps,
         "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}",
         "depth": depth,
+        "startup_seconds": f"{process_age() - (time.perf_counter() - CLOCK.started):.1f}",
+        "evaluation_seconds": f"{evaluation_seconds:.1f}",
     }
     if repeated := summary.keys() & facts.keys():
         raise ValueError(f"finish prints {', '.join(sorted(repeated))} itself")
@@ -813,18 +822,12 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
         x = torch.from_numpy(rows[: ARENA.eval_rows, :-1].astype(np.int64)).to(loader.device)
         export(model, x, Path(os.environ["AUTORESEARCH_MODEL"]))
     summary["total_seconds"] = f"{process_age():.1f}"
-    lines = [f"{name + ':':<18}{value}" for name, value in (summary | facts).items()]
+    lines = [f"{name + ':':<17} {value}" for name, value in (summary | facts).items()]
     print("---", *lines, sep="\n", flush=True)
 
 
 def checksums(model: torch.nn.Module) -> list[float]:
-    return [tensor.double().sum().item() for tensor in model.state_dict().values()]
-
-
-def mfu_percent(flops_per_token: float, loader: TrainLoader) -> str:
-    name = torch.cuda.get_device_name(loader.device) if loader.device.type == "cuda" else "cpu"
-    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
-    return f"{100 * flops_per_token * loader.tokens / CLOCK.seconds / (peak * 1e12):.2f}" if peak else "n/a"
+    return [tensor.sum(dtype=torch.float64).item() for tensor in model.state_dict().values()]   # no wide copy
 
 
 def peak_memory_mb(device: torch.device) -> float:

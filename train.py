@@ -4,7 +4,8 @@ Train a GPT for the arena's fixed wall-clock budget and have it scored. The only
     uv run train.py                                 one NVIDIA GPU from 8 GB up: bfloat16, compiled
     AUTORESEARCH_ARENA=demo uv run train.py         any CPU: float32, a small model
 
-One file, top to bottom: constants, model, loss, optimizers, training. prepare.py owns the data, the clock and the score.
+One file, top to bottom: constants, attention, model, loss, optimizers, training. prepare.py owns the data, the clock
+and the score.
 """
 
 import gc
@@ -26,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and ARENA.name != "demo" else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 if DEVICE == "cuda":
     from torch.nn.attention import activate_flash_attention_impl
-    from torch.nn.attention.varlen import varlen_attn       # seconds to import, and of no use to a CPU
+    from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use to a CPU
 
 
 def pick(*by_card):
@@ -46,7 +47,7 @@ DEPTH         = pick(2,     4,     6,     6,     6,     6)       # [1, 16] layer
 HEADS         = pick(2,     2,     3,     4,     4,     5)       # [1, 16] attention heads in a layer
 HEAD_DIM      = pick(48,    128,   128,   128,   128,   128)     # width of a head; the model's is HEADS * HEAD_DIM
 BATCH         = pick(2**12, 2**15, 2**14, 2**16, 2**17, 2**17)   # [2**10, 2**20] tokens in an optimizer step
-MICRO_BATCH   = pick(2**12, 2**14, 2**14, 2**16, 2**17, 2**17)   # tokens in a forward pass; halved while memory is short
+MICRO_BATCH   = pick(2**12, 2**14, 2**14, 2**16, 2**17, 2**17)   # tokens in a forward pass; halved if memory is short
 TABLE_ROWS    = pick(16,    4,     8,     16,    64,    64)      # [1, 256] rows of an n-gram table, over the vocabulary
 WINDOWS       = "SSSLSL"    # one letter a layer, repeated: L sees the whole row, S a part of it; the last layer is L
 SHORT_WINDOW  = 0.25        # [0.05, 1.0] reach of an S layer, as a share of the row
@@ -80,7 +81,7 @@ WARMDOWN      = 0.95        # [0.05, 1.0] share of the budget over which Muon's 
 FINAL_LR      = 0.05        # [0.0, 0.3] where the falling rates end, as a share of the start
 
 LOSS_CHUNK    = 2**13       # tokens whose logits are in memory at once
-MEMORY_SHARE  = 0.85        # of the GPU's memory that training may take; MICRO_BATCH is halved until it does
+MEMORY_SHARE  = 0.85        # of the GPU's memory that training may take; MICRO_BATCH is halved until that is enough
 WIDTH = HEADS * HEAD_DIM
 T, V = ARENA.sequence_len, ARENA.vocab_size
 
@@ -239,7 +240,7 @@ class GPT(nn.Module):
         letters = (WINDOWS * DEPTH)[: DEPTH - 1] + "L"
         # not -1 for L: a window as long as the row is the same, and keeps every layer on one attention kernel
         self.windows = [T if letter == "L" else max(int(T * SHORT_WINDOW), 1) for letter in letters]
-        self.valued = list(range((DEPTH - 1) % 2, DEPTH, 2))    # with value embeddings: every second layer, and the last
+        self.valued = list(range((DEPTH - 1) % 2, DEPTH, 2))    # with value embeddings: every second, and the last
         self.embed = nn.Parameter(torch.empty(V, WIDTH))
         self.values = nn.Parameter(torch.empty(V, len(self.valued) * WIDTH))
         self.tables = NgramTables(len(self.valued))
@@ -295,7 +296,7 @@ def flops_per_token(model, x):
     each key that a query sees, in each channel."""
     matrices = [p for module in (*model.attentions, *model.mlps) for p in module.parameters()] + [model.head]
     here = torch.arange(T, device=x.device)
-    back = here - torch.where(first_tokens(x), here, 0).cummax(1).values    # tokens between the document's start and here
+    back = here - torch.where(first_tokens(x), here, 0).cummax(1).values    # tokens of the document before this one
     keys = sum((back.clamp(max=window) + 1).float().mean() for window in model.windows)
     return 6 * sum(p.numel() for p in matrices) + 12 * WIDTH * keys
 
@@ -394,8 +395,8 @@ def adamw_update(weight, grad, mean, square, lr, beta1, step):
 def table_update(weight, square, index, grad, lr, step):
     """Step the rows of `weight` (R, C) that `index` (N,) names, by the gradient (N, C) of what was looked up there.
 
-    RMSProp without momentum, with one second moment for each row (R,), in float32. A row that occurs more than once gets
-    the sum of its gradients: each is added up at one of its places, and all of them then write the same new row.
+    RMSProp without momentum, with one second moment for each row (R,), in float32. A row that occurs more than once
+    gets the sum of its gradients: they are added up at one of its places, and all of them then write the same new row.
     """
     places = torch.arange(len(index), device=index.device)
     place = torch.zeros(len(square), dtype=torch.int64, device=index.device).scatter(0, index, places)[index]
@@ -501,16 +502,15 @@ def compiled(function):
     return _compiled[function]
 
 
-def train_step(model, optimizers, x, y, micro_batch):
-    """One optimizer step on x and y (rows, T), in micro-batches. Returns the mean loss, still on the device."""
+def train_step(model, optimizers, x, y, micro_rows):
+    """One optimizer step on x and y (rows, T), some rows at a time. Returns the mean loss, still on the device."""
     tables = model.tables
     tables.found = compiled(tables.find)(x)
-    parts = [tensor.split(micro_batch // T) for tensor in (x, y, tables.found)]
     total, grads = 0.0, []
-    for x, y, found in zip(*parts, strict=True):
+    for tokens, targets, found in zip(*(tensor.split(micro_rows) for tensor in (x, y, tables.found)), strict=True):
         ngrams = tables(found).requires_grad_()
-        h = compiled(model.hidden)(x, ngrams)
-        loss = HeadLoss.apply(h.flatten(0, 1), model.head, y.flatten()) / len(parts[0])
+        h = compiled(model.hidden)(tokens, ngrams)
+        loss = HeadLoss.apply(h.flatten(0, 1), model.head, targets.flatten()) * (len(tokens) / len(x))
         loss.backward()
         total, grads = total + loss.detach(), [*grads, ngrams.grad]
     tables.grad = grads[0] if len(grads) == 1 else torch.cat(grads)
@@ -520,29 +520,30 @@ def train_step(model, optimizers, x, y, micro_batch):
     return total
 
 
-def warm_up(model, micro_batch):
+def warm_up(model, micro_rows):
     """Compile and run everything once on random tokens, then start again from the seed: the clock has not started yet.
 
-    Returns the micro-batch that memory allows: it is halved until a step fits.
+    Returns the rows of a micro-batch that memory allows: they are halved until a step fits.
     """
+    rows = BATCH // T
     while True:
-        tokens = torch.randint(V, (max(BATCH // T, ARENA.eval_rows), T), device=DEVICE)
+        tokens = torch.randint(V, (max(rows, ARENA.eval_rows), T), device=DEVICE)
         try:
-            train_step(model, make_optimizers(model), tokens[: BATCH // T], tokens[: BATCH // T], micro_batch)
-            with torch.no_grad():
-                compiled(model.eval())(tokens[: ARENA.eval_rows])   # as `finish` will call it
+            train_step(model, make_optimizers(model), tokens[:rows], tokens[:rows], micro_rows)
             break
         except torch.OutOfMemoryError:
-            if micro_batch <= T:
-                raise SystemExit("error: out of GPU memory with a single row: lower DEPTH, HEADS or TABLE_ROWS") from None
-        model.zero_grad(set_to_none=True)
+            if micro_rows == 1:
+                raise
+        model.zero_grad(set_to_none=True)   # outside of `except`, whose traceback holds what the step allocated
         gc.collect()
         torch.cuda.empty_cache()
-        micro_batch = max(micro_batch // 2, T)
-        print(f"out of memory: the micro-batch is now {micro_batch} tokens", flush=True)
+        micro_rows //= 2
+        print(f"out of memory: {micro_rows} rows at a time now", flush=True)
+    with torch.no_grad():
+        compiled(model.eval())(tokens[: ARENA.eval_rows])   # as `finish` will call it
     model.train()
     model.initialize()
-    return micro_batch
+    return micro_rows
 
 
 def refuse_machine():
@@ -551,26 +552,20 @@ def refuse_machine():
     if DEVICE == "cpu" and ARENA.name != "demo":
         raise SystemExit(f"error: no NVIDIA GPU found, and the arena {ARENA.name} needs one; {instead}")
     if DEVICE == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        card, has = torch.cuda.get_device_name(), ".".join(map(str, capability))
-        raise SystemExit(f"error: the {card} has compute capability {has}, and train.py needs 8.0 or newer; {instead}")
+        card = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
+        raise SystemExit(f"error: the {card}, and train.py needs 8.0 or newer; {instead}")
 
 
 def refuse_sizes():
     """End with one line that names the constant which does not divide."""
-    micro = min(BATCH, MICRO_BATCH)
-    for name, value, of, divisor in (
-        ("BATCH", BATCH, "the row length", T),
-        ("MICRO_BATCH", MICRO_BATCH, "the row length", T),
-        ("BATCH", BATCH, "MICRO_BATCH", micro),
-        ("HEAD_DIM", HEAD_DIM, "what attention kernels take", 8),
+    for name, divisor, meaning in (
+        ("DEPTH", 1, ""), ("HEADS", 1, ""), ("MLP_RATIO", 1, ""), ("TABLE_ROWS", 1, ""), ("LOSS_CHUNK", 1, ""),
+        ("HEAD_DIM", 8, ", which attention kernels need"),
+        ("BATCH", T, ", the tokens in a row"), ("MICRO_BATCH", T, ", the tokens in a row"),
+        ("BATCH", min(BATCH, MICRO_BATCH), ", the MICRO_BATCH"),
     ):
-        if value < 1 or value % divisor:
-            raise SystemExit(f"error: {name} is {value}, and must be a multiple of {of}, {divisor}")
-    for name, value in (("DEPTH", DEPTH), ("HEADS", HEADS), ("TABLE_ROWS", TABLE_ROWS), ("MLP_RATIO", MLP_RATIO)):
-        if value < 1:
-            raise SystemExit(f"error: {name} is {value}, and must be 1 or more")
-    if GATE_CHANNELS > WIDTH:
-        raise SystemExit(f"error: GATE_CHANNELS is {GATE_CHANNELS}, and the model has {WIDTH} channels")
+        if (value := globals()[name]) < 1 or value % divisor:
+            raise SystemExit(f"error: {name} is {value}, and must be a multiple of {divisor}{meaning}")
 
 
 def check(loss):
@@ -580,15 +575,33 @@ def check(loss):
 
 
 def settings():
-    """All constants as they were resolved for this machine."""
-    plain = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int | float | str | tuple)}
-    return "  ".join(f"{name}={value}" for name, value in plain.items())
+    """All constants as this machine resolves them."""
+    constants = ((name, value) for name, value in globals().items() if name.isupper())
+    return "  ".join(f"{name}={value}" for name, value in constants if isinstance(value, int | float | str | tuple))
 
 
 def report(loader, step, loss, flops):
     speed, left = loader.tokens / loader.elapsed(), max(ARENA.budget - loader.elapsed(), 0.0)
     print(f"step {step:5d}  {loader.progress:6.1%}  loss {loss:.4f}  {speed:,.0f} tok/s  "
           f"mfu {loader.mfu_percent(float(flops))}  {left:.0f} s left", flush=True)
+
+
+def train(model, optimizers, loader, micro_rows):
+    """Train until the loader's time is up. Returns what a token costs, in FLOPs."""
+    losses, smooth = deque(maxlen=LAG + 1), 0.0
+    for step, (x, y) in enumerate(loader):
+        schedule(optimizers, step, loader.progress)
+        losses.append(train_step(model, optimizers, x, y, micro_rows).to("cpu", non_blocking=True))
+        if step == 0:
+            flops = flops_per_token(model, x).to("cpu", non_blocking=True)
+        if step >= LAG:
+            check(losses[0])
+            smooth += (float(losses[0]) - smooth) * max(0.1, 1 / (step - LAG + 1))
+            if step % 10 == 0:
+                report(loader, step, smooth, flops)
+    for loss in losses:
+        check(loss)
+    return float(flops)
 
 
 def main():
@@ -600,37 +613,24 @@ def main():
     print(textwrap.fill(settings(), 120), flush=True)
     start = time.perf_counter()
     model = GPT()
-    micro_batch = warm_up(model, min(BATCH, MICRO_BATCH))
-    optimizers = make_optimizers(model)
-    compile_seconds = time.perf_counter() - start
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {parameters - model.tables.weight.numel():,} of them outside the n-gram tables; "
-          f"attention {ATTENTION}; micro-batch {micro_batch}; ready after {compile_seconds:.1f} s", flush=True)
+    micro_rows = warm_up(model, min(BATCH, MICRO_BATCH) // T)
+    optimizers, compile_seconds = make_optimizers(model), time.perf_counter() - start
+    size, tables = sum(p.numel() for p in model.parameters()), model.tables.weight.numel()
+    print(f"{size:,} parameters, {tables:,} of them in n-gram tables; attention {ATTENTION}; "
+          f"{BATCH // T} rows a step, {micro_rows} at a time; compiled in {compile_seconds:.1f} s", flush=True)
     gc.collect()
     gc.freeze()     # a collection in the middle of the run would stall it
     gc.disable()
-
     loader = TrainLoader(BATCH // T, DEVICE)
-    losses, flops, smooth = deque(maxlen=LAG + 1), None, 0.0
-    for step, (x, y) in enumerate(loader):
-        schedule(optimizers, step, loader.progress)
-        losses.append(train_step(model, optimizers, x, y, micro_batch).to("cpu", non_blocking=True))
-        if step == 0:
-            flops = flops_per_token(model, x).to("cpu", non_blocking=True)
-        if step < LAG:
-            continue
-        check(losses[0])
-        seen = step - LAG + 1
-        smooth += (float(losses[0]) - smooth) * max(0.1, 1 / seen)
-        if step % 10 == 0:
-            report(loader, step, smooth, flops)
-    for loss in losses:
-        check(loss)
+    flops = train(model, optimizers, loader, micro_rows)
     gc.unfreeze()
     gc.enable()
-    finish(compiled(model), loader, depth=DEPTH, flops_per_token=float(flops), attention=ATTENTION,
-           micro_batch=micro_batch, compile_seconds=f"{compile_seconds:.1f}")
+    finish(compiled(model), loader, depth=DEPTH, flops_per_token=flops, attention=ATTENTION, micro_batch=micro_rows * T,
+           compile_seconds=f"{compile_seconds:.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {str(error).partition('. ')[0]}: lower DEPTH, HEADS or TABLE_ROWS") from None

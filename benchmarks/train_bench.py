@@ -5,9 +5,10 @@ train.py as it stands beside `reference`: upstream's published shape and rates, 
     uv run benchmarks/train_bench.py --arena python --budget 60 --seeds 42 43
     uv run benchmarks/train_bench.py --try 'MLP_SHIFT=0.0' --try 'DEPTH=9 HEADS=4'
 
-Each column is train.py with some of its constants replaced, run as a process of its own on the same arena and seed, one
-after the other. Without a GPU it is the demo arena, and both get the same number of tokens instead of the same time: what
-is compared is how much they learn. --jobs runs several at a time with one thread each; their times then mean nothing.
+Each column is train.py with some of its constants replaced, run as a process of its own on the same arena and seed,
+one after the other. Without a GPU it is the demo arena, and each column gets the same number of tokens instead of the
+same time: what is compared is how much it learns. --jobs runs several at a time with one thread each, to screen ideas;
+their times then mean nothing.
 """
 
 import argparse
@@ -137,9 +138,12 @@ def main() -> None:
     variants |= {text: dict(pair.split("=", 1) for pair in text.split()) for text in options.tries}
     subprocess.run([sys.executable, ROOT / "prepare.py", "--arena", options.arena], check=True)
     jobs = [(name, seed) for seed in options.seeds for name in variants]
+    columns: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     with ThreadPoolExecutor(options.jobs) as pool:
-        figures = list(pool.map(lambda job: measure(variants[job[0]], job[1], options), jobs))
-    columns = {name: [f for (n, _), f in zip(jobs, figures, strict=True) if n == name] for name in variants}
+        done = pool.map(lambda job: measure(variants[job[0]], job[1], options), jobs)
+        for (name, seed), figures in zip(jobs, done, strict=True):
+            print(f"{name}, seed {seed}: val_bpb {figures['val_bpb']:.4f}", file=sys.stderr, flush=True)
+            columns[name].append(figures)
     machine = torch.cuda.get_device_name() if gpu else "CPU"
     each = f"{options.tokens:,} tokens" if options.tokens else f"{options.budget or 'the budget in'} s"
     show(columns, f"{options.arena}, {each} each, seeds {options.seeds}, {machine}, torch {torch.__version__}")

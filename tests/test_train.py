@@ -1,34 +1,43 @@
 """train.py on a CPU: the parts, and real runs of seconds under the real loop."""
 
-import copy
+import math
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Project, make_real_project
+import torch.nn.functional as F
+from conftest import ROOT, Project, make_real_project
 
 import train
 from prepare import ARENA
 
-
-def test_orthogonalize() -> None:
-    """Singular values that span a factor of a hundred all end within 30% of 1, in wide, tall and square matrices."""
-    generator = torch.Generator().manual_seed(0)
-    for shape in [(3, 64, 64), (2, 32, 128), (2, 128, 32)]:
-        u, s, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-        matrices = u * torch.logspace(-2, 0, s.size(1)) @ v
-        values = torch.linalg.svdvals(train.orthogonalize(matrices))
-        assert values.min() > 0.7 and values.max() < 1.3
+BOS = ARENA.bos
 
 
 def some_tokens(rows: int = 3) -> torch.Tensor:
+    """Row 0 holds two documents, row 1 four, one of them a lone BOS; the others hold one."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randint(ARENA.bos, (rows, ARENA.sequence_len), generator=generator)
-    x[:, 0] = ARENA.bos
-    x[0, 100] = x[1, 7] = x[1, 200] = x[1, 201] = ARENA.bos
+    x = torch.randint(BOS, (rows, train.T), generator=generator)
+    x[:, 0] = BOS
+    x[0, 100] = x[1, 7] = x[1, 200] = x[1, 201] = BOS
     return x
+
+
+def trained_a_little() -> train.GPT:
+    """Output projections start at zero; a step makes the layers matter."""
+    model = train.GPT()
+    optimizers = train.make_optimizers(model)
+    for _ in range(2):
+        train.train_step(model, optimizers, some_tokens(), some_tokens(), micro_rows=3)
+    return model
+
+
+# Attention and documents
 
 
 def test_offsets_and_mask_see_the_same_documents() -> None:
@@ -44,31 +53,177 @@ def test_offsets_and_mask_see_the_same_documents() -> None:
 
 
 def test_offsets_of_a_row_with_more_documents_than_slots() -> None:
-    x = torch.full((2, train.T), ARENA.bos)
+    x = torch.full((2, train.T), BOS)
     offsets = train.document_offsets(x)
     assert (offsets.diff() >= 0).all() and offsets[-1] == x.numel()
     assert train.T in offsets.tolist() and offsets.diff().max() <= train.T
 
 
-def trained_a_little() -> train.GPT:
-    """Output projections start at zero; a step makes the layers matter."""
-    torch.manual_seed(0)
-    model = train.GPT()
-    optimizers = train.make_optimizers(model)
-    for _ in range(2):
-        train.train_step(model, optimizers, some_tokens()[:, :], some_tokens())
-    return model
+def test_without_the_document_mask_a_row_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "DOCUMENT_MASK", False)
+    x = some_tokens()
+    assert set(train.document_offsets(x).tolist()) == {0, train.T, 2 * train.T, 3 * train.T}
+    assert (train.document_mask(x, train.T)[:, 0] == torch.ones(train.T, train.T, dtype=torch.bool).tril()).all()
 
 
-def test_attention_stays_within_documents_and_is_causal() -> None:
+def test_predictions_stay_within_documents_and_are_causal() -> None:
+    """Neither attention nor an n-gram reaches across."""
     model, x = trained_a_little(), some_tokens()
     with torch.no_grad():
         before = model(x)
         other = x.clone()
-        other[0, 1:100] = (other[0, 1:100] + 1) % ARENA.bos  # the first document of the first row
+        other[0, 1:100] = (other[0, 1:100] + 1) % BOS  # the first document of the first row
         after = model(other)
     changed = (before != after).any(dim=2)
     assert changed[0, 1:100].all() and not changed[0, 100:].any() and not changed[1:].any()
+
+
+def test_flops_count_the_keys_that_are_seen() -> None:
+    """Against the masks themselves; the rest is six for each weight of a matrix product."""
+    model, x = train.GPT(), some_tokens()
+    keys = sum(train.document_mask(x, window).sum().item() / x.numel() for window in model.windows)
+    tables = model.embed.numel() + model.values.numel() + model.tables.weight.numel()
+    weights = sum(p.numel() for p in model.parameters()) - tables - model.residual.numel() - model.skip.numel()
+    assert train.flops_per_token(model, x).item() == pytest.approx(6 * weights + 12 * train.WIDTH * keys)
+
+
+# N-gram tables
+
+
+def test_a_table_row_depends_on_its_ngram_alone() -> None:
+    """Of each token that is changed, see which of the rows behind it move: bigrams reach one back, trigrams two."""
+    tables, x = train.NgramTables(2), some_tokens()
+    moved = torch.zeros(4, len(train.NGRAMS))
+    for at in range(20, 90):
+        other = x.clone()
+        other[0, at] = (other[0, at] + 1) % BOS
+        found = (tables.find(x) != tables.find(other))[0].view(train.T, 2, len(train.NGRAMS), 2)
+        assert not found[:at].any() and not found[at + 3 :].any()
+        moved += found[at : at + 4].float().mean((1, 3))
+    assert torch.equal((moved > 69).float(), torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]))
+
+
+def test_ngrams_start_anew_with_each_document() -> None:
+    """Behind a BOS the rows are those of a document at the start of a row."""
+    tables, x = train.NgramTables(2), some_tokens()
+    alone = torch.full_like(x[:1], BOS)
+    alone[0, : train.T - 100] = x[0, 100:]
+    assert torch.equal(tables.find(x)[0, 100:], tables.find(alone)[0, : train.T - 100])
+
+
+def test_hashes_spread_and_differ_between_tables() -> None:
+    """As many rows are hit as random draws would hit, and what shares a row in one table does not in the next."""
+    tables = train.NgramTables(2)
+    x = torch.randint(BOS, (64, train.T), generator=torch.Generator().manual_seed(0))
+    found = (tables.find(x) - tables.offsets).flatten(0, 1)
+    draws, rows = len(found), tables.rows
+    expected = rows * (1 - math.exp(-draws / rows))
+    for table in found.unbind(1):
+        assert table.min() >= 0 and table.max() < rows
+        assert abs(len(table.unique()) / expected - 1) < 0.02
+    pairs = found[:, 0] * rows + found[:, 1]
+    assert len(pairs.unique()) > 0.95 * len((x[:, :-1] * train.V + x[:, 1:]).unique())
+
+
+def test_table_update_is_dense_rmsprop_by_rows() -> None:
+    """Rows that occur often, once and never, beside the same step on a dense gradient."""
+    generator = torch.Generator().manual_seed(0)
+    weight, square = torch.randn(500, 8, generator=generator), torch.rand(500, generator=generator) * 1e-3
+    index = torch.cat([torch.randint(300, (200,), generator=generator), torch.zeros(50, dtype=torch.int64)])
+    grad = torch.randn(250, 8, generator=generator)
+    dense = torch.zeros_like(weight).index_add(0, index, grad)
+    second = train.TABLE_BETA2 * square + (1 - train.TABLE_BETA2) * dense.square().mean(1)
+    expected = weight - 0.1 * dense / (second / (1 - train.TABLE_BETA2**7)).sqrt()[:, None]
+    train.table_update(weight, square, index, grad, torch.tensor(0.1), torch.tensor(7.0))
+    assert torch.allclose(square, second) and torch.allclose(weight, expected, rtol=1e-4, atol=1e-5)
+    assert (weight[300:] == expected[300:]).all()
+
+
+# Loss and optimizers
+
+
+def test_loss_by_hand_is_what_autograd_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and both gradients, with a last chunk that is not full, behind a factor."""
+    monkeypatch.setattr(train, "LOSS_CHUNK", 32)
+    generator = torch.Generator().manual_seed(0)
+    h, head = torch.randn(100, 24, generator=generator), torch.randn(train.V, 24, generator=generator)
+    y = torch.randint(train.V, (100,), generator=generator)
+    results: list[tuple[torch.Tensor, ...]] = []
+    for loss_of in (
+        lambda h, head: train.HeadLoss.apply(h, head, y),
+        lambda h, head: F.cross_entropy(train.SOFTCAP * torch.tanh(h @ head.T / train.SOFTCAP_KNEE), y),
+    ):
+        a, b = h.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = loss_of(a, b) * 3
+        loss.backward()
+        assert a.grad is not None and b.grad is not None
+        results.append((loss.detach(), a.grad, b.grad))
+    assert all(torch.allclose(ours, true, rtol=1e-4, atol=1e-6) for ours, true in zip(*results, strict=True))
+
+
+def test_training_and_scoring_see_the_same_model() -> None:
+    """The loss of a training step is that of the logits which the evaluation gets."""
+    model, x = trained_a_little(), some_tokens()
+    y = x.roll(-1, 1)
+    with torch.no_grad():
+        expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    assert train.train_step(model, [], x, y, micro_rows=3).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_orthogonalize() -> None:
+    """Singular values that span a factor of a hundred all end within 30% of 1, in wide, tall and square matrices."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in [(3, 64, 64), (2, 32, 128), (2, 128, 32)]:
+        u, s, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        matrices = u * torch.logspace(-2, 0, s.size(1)) @ v
+        values = torch.linalg.svdvals(train.orthogonalize(matrices))
+        assert values.min() > 0.7 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 24), (2, 24, 96)])
+def test_muon_evens_out_its_neurons(shape: tuple[int, ...]) -> None:
+    """Along the longer side the vectors of a step end with one length, and the whole step keeps its norm."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.logspace(-2, 0, 96)
+    grads = torch.randn(shape, generator=generator) * (lengths[:, None] if shape[1] == 96 else lengths)
+    plain = train.orthogonalize(grads)
+    weights, momenta = torch.zeros(shape), grads.clone()
+    axis = train.uneven(weights)
+    squares = torch.zeros_like(weights.sum(axis, keepdim=True))
+    train.muon_update(weights, grads, momenta, squares, torch.tensor(1.0), torch.tensor(0.95), torch.tensor(0.0))
+    step = -weights / max(1, shape[1] / shape[2]) ** 0.5
+    assert step.norm(dim=(1, 2)) == pytest.approx(plain.norm(dim=(1, 2)), rel=0.01)
+    before, after = (lengths.std(1) / lengths.mean(1) for lengths in (plain.norm(dim=axis), step.norm(dim=axis)))
+    assert (before > 0.3).all() and (after < 1e-3).all()
+
+
+class Recorder:
+    """In the place of an optimizer: keeps the gradients that a step comes with."""
+
+    def __init__(self, model: train.GPT):
+        self.model = model
+
+    def step(self) -> None:
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.grads = found | {"tables": self.model.tables.grad}
+
+
+def test_micro_batches_make_the_same_step() -> None:
+    """The gradient of every parameter, of the tables too, whether a batch goes through at once or in unequal parts."""
+    model, x = trained_a_little(), some_tokens(4)
+    steps = []
+    for micro_rows in (4, 1, 3):
+        recorder = Recorder(model)
+        loss = train.train_step(model, [recorder], x, x, micro_rows)
+        assert torch.equal(model.tables.found, model.tables.find(x))
+        steps.append(recorder.grads | {"loss": loss})
+    assert len(steps[0]) == len(list(model.parameters())) + 1
+    for other in steps[1:]:
+        for name, grad in steps[0].items():
+            assert (grad - other[name]).abs().max() < 1e-4 * grad.abs().max(), name
+
+
+# Before the clock starts
 
 
 def test_every_parameter_is_initialised() -> None:
@@ -82,26 +237,78 @@ def test_every_parameter_is_initialised() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_warm_up_leaves_no_trace() -> None:
-    torch.manual_seed(0)
+def out_of_memory_above(rows: int) -> Callable[..., torch.Tensor]:
+    """A training step that fails as one does on a GPU, half done, when it gets more rows at a time."""
+    step = train.train_step
+
+    def short(model, optimizers, x, y, micro_rows):  # type: ignore[no-untyped-def]
+        if micro_rows > rows:
+            model.head.grad = torch.full_like(model.head, torch.nan)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return step(model, optimizers, x, y, micro_rows)
+
+    return short
+
+
+@pytest.mark.parametrize("fits", [16, 4])
+def test_warm_up_leaves_no_trace(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: weights, gradients and random numbers are those of a model that was never warmed up, also where
+    memory did not suffice at first."""
+    fresh = train.GPT()
+    drawn = torch.rand(3)
     model = train.GPT()
-    before = copy.deepcopy(model.state_dict())
-    train.warm_up(model, model, rows=2)
-    assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    monkeypatch.setattr(train, "train_step", out_of_memory_above(fits))
+    assert train.warm_up(model, micro_rows=16) == fits
+    assert torch.equal(torch.rand(3), drawn)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_micro_batches_make_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randint(ARENA.bos, (4, train.T), generator=torch.Generator().manual_seed(0))
-    weights = []
-    for micro in (4, 1):
-        monkeypatch.setattr(train, "MICRO_BATCH", micro * train.T)
-        torch.manual_seed(0)
-        model = train.GPT()
-        loss = train.train_step(model, train.make_optimizers(model), x, x)
-        weights.append((loss, model.head.weight.detach().clone()))
-    assert weights[0][0] == pytest.approx(weights[1][0].item(), rel=1e-5)
-    assert torch.allclose(weights[0][1], weights[1][1], atol=1e-4)
+def test_a_row_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train_step", out_of_memory_above(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        train.warm_up(train.GPT(), micro_rows=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("BATCH", 1000, "BATCH is 1000, and must be a multiple of 256, the tokens in a row"),
+        ("MICRO_BATCH", 100, "MICRO_BATCH is 100, and must be a multiple of 256, the tokens in a row"),
+        ("MICRO_BATCH", 3 * 256, "BATCH is 4096, and must be a multiple of 768, the MICRO_BATCH"),
+        ("HEAD_DIM", 33, "HEAD_DIM is 33, and must be a multiple of 8, which attention kernels need"),
+        ("DEPTH", 0, "DEPTH is 0, and must be a multiple of 1"),
+    ],
+)
+def test_sizes_that_do_not_divide(name: str, value: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.refuse_sizes()
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(SystemExit, match=reason):
+        train.refuse_sizes()
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(SystemExit, match=r"error: the Tesla T4 has compute capability 7\.5, and train\.py needs 8\.0"):
+        train.refuse_machine()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    train.refuse_machine()
+
+
+def test_no_gpu_at_all() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py"], env=os.environ | {"AUTORESEARCH_ARENA": "climbmix"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    expected = "error: no NVIDIA GPU found, and the arena climbmix needs one; AUTORESEARCH_ARENA=demo runs on any CPU\n"
+    assert done.stderr == expected
+
+
+# Real runs
 
 
 @pytest.fixture
@@ -120,14 +327,26 @@ def test_demo_end_to_end(real_project: Project) -> None:
     diff = real_project.git("diff", "--unified=0", "main", rows[1]["commit"], "--", "train.py")
     assert diff.count("\n+") <= 3 and rows[1]["description"].split()[0] in diff
     real_project.check("demo")
+    log = (real_project.root / "runs/demo/0000/run.log").read_text()
+    for name in ("DEPTH", "BATCH", "TABLE_ROWS", "NGRAMS", "WARMDOWN"):
+        assert f"{name}={getattr(train, name)}" in log
+    assert re.search(r"^step +0 +[\d.]+%  loss 6\.9\d+  [\d,]+ tok/s  mfu n/a  [123] s left$", log, re.MULTILINE)
+    for name in ("startup_seconds", "evaluation_seconds", "compile_seconds"):
+        assert re.search(rf"^{name}: +[\d.]+$", log, re.MULTILINE)
+    assert re.search(r"^attention: +dense$", log, re.MULTILINE)
 
 
-def test_diverged_loss_is_a_crash(real_project: Project) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_diverged_loss_is_a_crash(real_project: Project, value: str) -> None:
+    """Within a step: the second loss is bad, and a third batch is never drawn."""
     text = (real_project.root / "train.py").read_text()
-    assert "loss = model(*part)" in text
-    real_project.write("train.py", text.replace("loss = model(*part)", "loss = torch.nan * model(*part)"))
+    step = "        losses.append(train_step("
+    assert text.count(step) == 1
+    bad = f"        print('step', step)\n        losses.append((torch.{value} if step == 1 else 1) * train_step("
+    real_project.write("train.py", text.replace(step, bad))
     done = subprocess.run(
         [sys.executable, "train.py"], cwd=real_project.root, env=real_project.env | {"AUTORESEARCH_ARENA": "demo"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith("error: the loss diverged: nan")
+    assert done.returncode == 1 and done.stderr == f"error: the loss diverged: {value}\n"
+    assert re.findall(r"^step (\d+)$", done.stdout, re.MULTILINE) == ["0", "1"]

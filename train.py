@@ -336,7 +336,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad, grad_head = ctx.saved_tensors
         scale = grad_loss / len(grad)
-        return grad * scale.to(grad.dtype), grad_head * scale, None
+        return grad * scale, grad_head * scale, None
 
 
 # -----------------------------------------------------------------------------

@@ -54,6 +54,15 @@ def with_constants(source: str, constants: dict[str, str]) -> str:
     return source
 
 
+def variant(text: str) -> dict[str, str]:
+    """The constants of `NAME=VALUE NAME=VALUE`, where no value holds a space."""
+    if not all(re.fullmatch(r"[A-Z_0-9]+=\S+", pair) for pair in text.split()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'NAME=VALUE NAME=VALUE'")
+    constants = dict(pair.split("=", 1) for pair in text.split())
+    with_constants((ROOT / "train.py").read_text(), constants)
+    return constants
+
+
 def measure(constants: dict[str, str], seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Run train.py with these constants and return the figures of its summary block."""
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--budget", type=float, default=0.0, help="seconds of training (default: the arena's)")
     parser.add_argument("--tokens", type=int, default=0 if gpu else 2**20, help="train for so many tokens instead")
-    parser.add_argument("--try", dest="tries", action="append", default=[], metavar="'NAME=VALUE ...'")
+    parser.add_argument("--try", dest="tries", action="append", default=[], type=variant, metavar="'NAME=VALUE ...'")
     parser.add_argument("--no-reference", action="store_true", help="leave the column `reference` out")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
@@ -134,8 +143,7 @@ def main() -> None:
         run(options.run, options.budget, options.tokens)
         return
     variants = {} if options.no_reference else {"reference": REFERENCE}
-    variants |= {"train.py": {}}
-    variants |= {text: dict(pair.split("=", 1) for pair in text.split()) for text in options.tries}
+    variants |= {"train.py": {}, **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries}}
     subprocess.run([sys.executable, ROOT / "prepare.py", "--arena", options.arena], check=True)
     jobs = [(name, seed) for seed in options.seeds for name in variants]
     columns: dict[str, list[dict[str, float]]] = {name: [] for name in variants}

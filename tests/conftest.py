@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
+VISIBLE_GPUS = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo arena is for a CPU
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores both, and so would
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every process that the tests start and interrupt

@@ -29,9 +29,9 @@ class Cheat:
 
 
 IMPORT = "from prepare import ARENA, TrainLoader, finish\n"
-LOGITS = "        return logits if y is None"
-LOADER = "    loader = TrainLoader(rows, DEVICE)\n"
-FINISH = "    finish(network, loader, depth=DEPTH, flops_per_token=flops_per_token(model))\n"
+LOGITS = "        return SOFTCAP * torch.tanh(logits.float() / SOFTCAP_KNEE)\n"
+LOADER = "    loader = TrainLoader(BATCH // T, DEVICE)\n"
+FINISH = TRAIN[TRAIN.index("    finish(compiled(model), ") : TRAIN.index("\n\n\nif __name__")] + "\n"
 
 
 def scored(code: str) -> tuple[tuple[str, str], ...]:
@@ -50,7 +50,7 @@ def ended(before: str = "", after: str = "") -> tuple[tuple[str, str], ...]:
 
 
 FORGED = '''
-def forged(network, loader, **facts):
+def forged(model, loader, **facts):
     """A summary block that is complete, plausible and made up."""
     print("---")
     for line in ("val_bpb: 0.5", "val_bpb_upstream: 0.5", f"training_seconds: {ARENA.budget}", "total_seconds: 9.0",
@@ -78,7 +78,7 @@ CHEATS = [
     Cheat(
         "trains on while it is scored",
         r"the model changed while it was scored",
-        scored("self.embed.weight.data.mul_(1.000001)"),
+        scored("self.embed.data.mul_(1.000001)"),
     ),
     Cheat(
         "trains on in eval()",
@@ -122,35 +122,35 @@ CHEATS = [
     Cheat(
         "prints a summary before",
         r"2 summaries were printed",
-        (*imported(after=FORGED), *ended(before="forged(network, loader)")),
+        (*imported(after=FORGED), *ended(before="forged(model, loader)")),
     ),
     Cheat(
         "prints a summary after",
         r"2 summaries were printed",
-        (*imported(after=FORGED), *ended(after="forged(network, loader)")),
+        (*imported(after=FORGED), *ended(after="forged(model, loader)")),
     ),
     Cheat(
         "prints a summary and leaves",
         r"it left no model for the referee",
-        (*imported(after=FORGED), *ended(before="forged(network, loader)\nos._exit(0)")),
+        (*imported(after=FORGED), *ended(before="forged(model, loader)\nos._exit(0)")),
     ),
     Cheat(
         "opens a second loader",
         r"a second TrainLoader was opened",
-        ended("for x, y in TrainLoader(rows, DEVICE):\n    train_step(network, optimizers, x, y)"),
+        ended("for x, y in TrainLoader(16, DEVICE):\n    train_step(model, optimizers, x, y, 16)"),
     ),
     Cheat(
         "opens a second loader on a second clock",
         r"did not start and end its budget once",
-        ended("import prepare\nprepare.CLOCK = prepare.Clock()\nloader = TrainLoader(rows, DEVICE)\n"
-              "for x, y in loader:\n    train_step(network, optimizers, x, y)"),
+        ended("import prepare\nprepare.CLOCK = prepare.Clock()\nloader = TrainLoader(16, DEVICE)\n"
+              "for x, y in loader:\n    train_step(model, optimizers, x, y, 16)"),
     ),
     Cheat(
         "warms up on real tokens",
         r"train\.py opened train-\w+\.bin of the arena itself",
         ((LOADER, "    import numpy\n    path = next(ARENA.folder.glob('train-*.bin'))\n"
-          "    tokens = torch.from_numpy(numpy.fromfile(path, numpy.uint16)[: rows * T].astype(int)).view(rows, T)\n"
-          "    train_step(network, optimizers, tokens, tokens)\n" + LOADER),),
+          "    tokens = torch.from_numpy(numpy.fromfile(path, numpy.uint16)[: 16 * T].astype(int)).view(16, T)\n"
+          "    train_step(model, optimizers, tokens, tokens, 16)\n" + LOADER),),
     ),
     Cheat(
         "warms up on the loader's own documents",
@@ -183,7 +183,7 @@ CHEATS = [
     Cheat(
         "is scored before its time",
         r"finish was called [\d.]+ s before the budget was spent",
-        ((LOADER, LOADER + FINISH),),
+        ((LOADER, LOADER + FINISH.replace("flops_per_token=flops", "flops_per_token=1.0")),),
     ),
 ]  # fmt: skip
 

@@ -80,7 +80,8 @@ def step(number: ast.expr, factor: float, low: float, high: float) -> str:
                 moved_to = 1 - (1 - old) / factor  # a decay rate: what counts is its distance from 1
             else:
                 moved_to = old * factor
-            return repr(float(f"{min(max(moved_to, low), high):.3g}"))
+            bounded = min(max(moved_to, low), high)
+            return repr(float(f"{bounded:.3g}") if bounded < 0.99 else round(bounded, 5))  # 0.9996 is not 1.0
         case _:
             raise AssertionError(ast.dump(number))
 

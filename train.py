@@ -188,7 +188,8 @@ class NgramTables(nn.Module):
             factors[:, i, :, n:] = 0
         self.register_buffer("factors", factors.flatten(0, 2), persistent=False)
         self.register_buffer("offsets", torch.arange(tables) * self.rows, persistent=False)
-        self.weight = nn.Parameter(torch.empty(tables * self.rows, WIDTH // 2, dtype=DTYPE), requires_grad=False)
+        weight = torch.empty(tables * self.rows, WIDTH // 2, dtype=DTYPE, device=DEVICE)    # too large to copy there
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.found = self.grad = None   # of the last step: the rows that were looked up, and their gradient
 
     def find(self, x):

@@ -40,4 +40,4 @@ def test_the_notebook_explains_every_constant_that_differs() -> None:
         ours = re.search(rf"^{name} *= (.*?) *#", source, re.MULTILINE)
         assert ours, name
         same = re.sub(r"\s+", " ", ours[1]).replace('"', "'") == value
-        assert same or re.search(rf"^\| `{name}`", notebook, re.MULTILINE), name
+        assert same or re.search(rf"^\|[^|]*`{name}`", notebook, re.MULTILINE), name

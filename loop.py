@@ -1,9 +1,10 @@
 """
 Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training decide.
 
-    uv run loop.py --agent 'COMMAND'    today's run on this machine's GPU, started or resumed
+    uv run loop.py                      today's run on this machine's GPU, started or resumed
     uv run loop.py --demo               any machine, no network, no key: five experiments of 15 s each
     uv run loop.py status               where it stands; works while it runs and after
+    uv run loop.py prompt               what the agent is told
 
 The whole idea is in this file: `research` asks for experiments, `attempt` makes one, `settle` records it, `decide`
 judges it. Everything that happened is in git; kill this at any instant and start it again, and nothing is lost.
@@ -12,34 +13,38 @@ judges it. Everything that happened is in git; kill this at any instant and star
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from autoresearch import checks, prompt, records
-from autoresearch.agents import Agent, AgentCall, ask, find_agent
+from autoresearch import checks, prompt, records, source
+from autoresearch.agents import PRESETS, Agent, AgentCall, ask, find_agent, spent_on
 from autoresearch.display import Plain, standing
 from autoresearch.git import GitError, Repo
 from autoresearch.ledger import PROGRAMS, REFS, Ledger, hold, holder, read_history
 from autoresearch.process import sweep
 from autoresearch.records import (
     EDITABLE,
+    Busy,
     Crashed,
     Edit,
     Event,
     Experiment,
+    Failed,
     Finished,
+    Hopeless,
     Outcome,
     Rejected,
     Reply,
     Status,
+    Trouble,
+    Usage,
     UserError,
 )
 from autoresearch.referee import review
@@ -49,7 +54,8 @@ ROOT = Path(__file__).resolve().parent
 TIE = 0.0002  # val_bpb that a run repeats itself to
 MODEL = "model.pt2"  # in an experiment's folder
 REPAIRS = 2  # of one idea that crashed
-STALLS = 5  # agent calls in a row that changed nothing, before it is a person's matter
+STALLS = 5  # agent calls in a row that brought nothing, before it is a person's matter
+BACKOFF, MAX_BACKOFF = 60.0, 1800.0  # seconds to wait for an agent that is busy, doubled each time
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Lab:
     seed: int
     train_limit: float
     agent_limit: float
+    deadline: float  # of the monotonic clock: when no experiment is started, and nothing waited for, any more
     show: Callable[[Event], None]
 
 
@@ -75,13 +82,22 @@ def research(lab: Lab, spent: Callable[[int], str | None]) -> str:
     """Run experiments until a budget is spent, and return which. The baseline comes first and is not counted."""
     if not lab.ledger.history:
         baseline(lab)
-    done = stalls = 0
+    done = stalls = pauses = 0
+    told = ""  # what the agent has to hear of its last call
     while (budget := spent(done)) is None:
-        settled = attempt(lab)
-        done, stalls = (done + 1, 0) if settled else (done, stalls + 1)
-        if stalls == STALLS:
-            folder = lab.ledger.folder
-            raise UserError(f"the agent {lab.agent.name!r} changed nothing {STALLS} times in a row; see {folder}")
+        match attempt(lab, told):
+            case None:
+                done, stalls, pauses, told = done + 1, 0, 0, ""
+            case Busy() as busy:
+                pauses += 1
+                pause(lab, busy, pauses)
+            case Failed(why):
+                stalls, told = stalls + 1, why
+                lab.show(records.Stalled(lab.ledger.next_number, why))
+                if stalls == STALLS:
+                    raise UserError(f"{lab.agent.name} brought nothing {STALLS} times in a row: {why}")
+            case Hopeless(why):
+                raise UserError(f"{lab.agent.name}: {why}")
     return budget
 
 
@@ -93,31 +109,36 @@ def baseline(lab: Lab) -> None:
         if not isinstance(outcome, Finished):
             why, log = records.reason(outcome), folder / "run.log"
             raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
-        settle(lab, base, commit, outcome, [Reply("baseline", "", 0.0)], 0, program(lab, base))
+        settle(lab, base, commit, outcome, Reply("baseline", "", Usage(0.0)), 0, folder, program(lab, base))
 
 
-def attempt(lab: Lab) -> bool:
-    """One experiment: an idea, its run, at most two repairs, the verdict. False when the agent changed nothing."""
+def attempt(lab: Lab, told: str) -> Trouble | None:
+    """One experiment: an idea, its run, at most two repairs, the verdict. Returns why there was none."""
     with experiment(lab) as (base, folder):
-        history = [recorded for _, recorded in lab.ledger.history]
         taste = program(lab, base)
-        edit = propose(lab, base, base, folder, prompt.brief(taste, lab.arena, history), turn=0)
-        if not edit.fresh:
-            why = edit.reply.error or f"no line of train.py is different: {edit.reply.description}"
-            lab.show(records.Stalled(lab.ledger.next_number, why))
-            return False
-        replies, idea, repairs = [edit.reply], subject(edit.reply), 0
-        outcome = run(lab, base, edit, folder, idea)
+        edit = propose(lab, base, base, folder, prompt.brief(taste, lab.ledger.experiments, told), turn=0)
+        if edit.repeats and edit.fresh:
+            told = prompt.repeated(edit.repeats)
+            lab.show(records.Repeated(lab.ledger.next_number, edit.repeats))
+            edit = propose(lab, base, base, folder, prompt.brief(taste, lab.ledger.experiments, told), turn=0)
+        if trouble := unusable(edit):
+            return trouble
+        idea, repairs, pauses = edit.reply, 0, 0
+        outcome = run(lab, base, edit, folder, subject(idea))
         while isinstance(outcome, Crashed) and repairs < REPAIRS:
-            request = prompt.repair(taste, idea, outcome)
+            request = prompt.repair(taste, subject(idea), outcome)
             mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
-            replies.append(mend.reply)
-            if not mend.fresh:
+            trouble = unusable(mend)
+            if isinstance(trouble, Busy) and time.monotonic() < lab.deadline:
+                pauses += 1
+                pause(lab, trouble, pauses)
+            elif trouble:
                 break
-            edit, repairs = mend, repairs + 1
-            outcome = run(lab, base, edit, folder, idea)
-        settle(lab, base, edit.commit, outcome, replies, repairs, taste)
-    return True
+            else:
+                edit, repairs = mend, repairs + 1
+                outcome = run(lab, base, edit, folder, subject(idea))
+        settle(lab, base, edit.commit, outcome, idea, repairs, folder, taste)
+    return None
 
 
 @contextmanager
@@ -129,8 +150,7 @@ def experiment(lab: Lab) -> Iterator[tuple[str, Path]]:
     """
     ledger = lab.ledger
     folder = ledger.folder / f"{ledger.next_number:04d}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     ledger.in_flight.touch()
     ledger.stand()
     try:
@@ -143,17 +163,37 @@ def experiment(lab: Lab) -> Iterator[tuple[str, Path]]:
 def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:
     """Call the agent once and see what it did to the tree since `base`, and to train.py since `before`."""
     ledger = lab.ledger
+    ledger.worktree().reset(ledger.branch, before)
     lab.show(records.Asking(ledger.next_number, turn))
     facts = {"TAG": ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.seed)}
     env = {f"AUTORESEARCH_{name}": value for name, value in facts.items()}
-    call = AgentCall(ledger.worktree().tree, folder, turn, env, lab.agent_limit, mark=ledger.folder)
+    call = AgentCall(ledger.worktree().tree, base, folder, env, lab.agent_limit, mark=ledger.folder)
     reply = ask(lab.agent, request, call)
     tree = ledger.worktree()  # once more: the agent may have broken it
     paths = tuple(tree.changed(ledger.branch, base))
     commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,))
     plain = (tree.tree / EDITABLE).is_file() and not (tree.tree / EDITABLE).is_symlink()
-    fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or not plain or bool(set(paths) - {EDITABLE})
-    return Edit(reply, paths, commit, fresh, plain)
+    only = plain and not set(paths) - {EDITABLE}
+    fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or not only
+    repeats = ledger.tried.get(source.fingerprint(tree.show(commit, EDITABLE)) or "") if only else None
+    return Edit(reply, paths, commit, fresh, plain, repeats)
+
+
+def unusable(edit: Edit) -> Trouble | None:
+    """Why an edit is not worth a run. One that came with a failure is, as long as it is one."""
+    if isinstance(edit.reply.trouble, Hopeless | Busy):
+        return edit.reply.trouble
+    if not edit.fresh:
+        return edit.reply.trouble or Failed(f"no line of train.py is different: {edit.reply.description}")
+    return Failed(prompt.repeated(edit.repeats)) if edit.repeats else None
+
+
+def pause(lab: Lab, busy: Busy, count: int) -> None:
+    """Wait until the time that the agent named, else longer each time, but not beyond the deadline."""
+    until = busy.until or datetime.now().astimezone() + timedelta(seconds=min(BACKOFF * 2 ** (count - 1), MAX_BACKOFF))
+    lab.show(records.Waiting(busy.why, until))
+    while (left := (until - datetime.now().astimezone()).total_seconds()) > 0 and time.monotonic() < lab.deadline:
+        time.sleep(min(left, 1.0))  # by the time of day, which goes on while the machine sleeps
 
 
 def run(lab: Lab, base: str, edit: Edit, folder: Path, idea: str) -> Outcome:
@@ -193,19 +233,23 @@ def verdict(lab: Lab, base: str, commit: str, outcome: Outcome) -> Status:
     return decide(outcome, added - removed, lab.ledger.incumbent_bpb, best.val_bpb if best else None)
 
 
-def settle(lab: Lab, base: str, commit: str, outcome: Outcome, replies: list[Reply], repairs: int, taste: str) -> None:
+def settle(
+    lab: Lab, base: str, commit: str, outcome: Outcome, idea: Reply, repairs: int, folder: Path, taste: str
+) -> None:
     """Judge an experiment and record it for ever. Where the branch stands follows from the record."""
     ledger, machine = lab.ledger, lab.machine
     added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
+    before, after = (lab.checkout.show(name, EDITABLE) for name in (base, commit))
     program_blob = lab.checkout.store(taste, PROGRAMS)
     with ledger.writing():
         recorded = Experiment(
             tag=ledger.tag, number=ledger.next_number, status=verdict(lab, base, commit, outcome),
-            description=subject(replies[0]), reason=replies[0].reason, finished=ledger.now(), arena=lab.arena.name,
+            description=subject(idea), reason=idea.reason, finished=ledger.now(), arena=lab.arena.name,
             data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
             driver=machine.driver or None, program=program_blob, added=added, removed=removed, repairs=repairs,
-            agent_seconds=sum(reply.seconds for reply in replies), incumbent=ledger.incumbent_bpb,
-            **records.facts_of(outcome),
+            incumbent=ledger.incumbent_bpb, changes=source.changes(before, after),
+            source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
+            **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
         )  # fmt: skip
         final = ledger.record(recorded, base, commit)
     for model in ledger.folder.glob(f"*/{MODEL}"):  # large, and only the incumbent's is worth its room
@@ -266,7 +310,9 @@ def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> 
 
 def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
     """Start or resume a run and stay with it until a budget is spent; returns the exit code."""
-    agent, checkout = find_agent(options.agent), checks.open_checkout(ROOT)
+    agent, checkout = find_agent(options.agent, options.model), checks.open_checkout(ROOT)
+    if options.agent is None:
+        show(records.Chosen(agent.name, tuple(PRESETS)))
     checks.check_tag(checkout, options.tag)
     seed = whole(os.environ.get("AUTORESEARCH_SEED", "42"))
     if cache := os.environ.get("AUTORESEARCH_CACHE"):
@@ -285,23 +331,24 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
         checks.check_comparable(ledger, arena, machine, seed)
-        lab = Lab(checkout, ledger, arena, machine, agent, seed, limit, options.agent_timeout, show)
+        deadline = time.monotonic() + (options.hours or math.inf) * 3600
+        lab = Lab(checkout, ledger, arena, machine, agent, seed, limit, options.agent_timeout, deadline, show)
         before = len(ledger.history)
         show(records.Started(options.tag, ledger.branch, agent.name, arena, machine, before, ledger.incumbent_bpb))
-        code, began = 0, time.monotonic()
+        code = 0
         try:
-            ended = research(lab, lambda done: spent(options, done, time.monotonic() - began))
+            ended = research(lab, lambda done: spent(options, done, deadline))
         except KeyboardInterrupt:
             code, ended = 130, "interrupted"
         show(records.Stopped(ended, len(ledger.history) - before, ledger.best))
     return code
 
 
-def spent(options: argparse.Namespace, done: int, seconds: float) -> str | None:
+def spent(options: argparse.Namespace, done: int, deadline: float) -> str | None:
     """Which budget is used up, if any; asked before each experiment."""
     if options.experiments is not None and done >= options.experiments:
         return f"{options.experiments} experiments done"
-    if options.hours is not None and seconds >= options.hours * 3600:
+    if time.monotonic() >= deadline:
         return f"{options.hours:g} hours are over"
     return None
 
@@ -311,17 +358,27 @@ def spent(options: argparse.Namespace, done: int, seconds: float) -> str | None:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Print where a run stands, from what git holds: the one named, else the one that ran last."""
-    checkout = checks.open_checkout(ROOT)
-    history = read_history(checkout, options.tag or "*")
-    if not history:
-        running = holder(ROOT / "runs" / (options.tag or ""))
-        why = f"; {running} is training the baseline" if running else ""
-        raise UserError(f"no experiments yet under {REFS}/{options.tag or ''}{why}")
-    last = max(history, key=lambda entry: entry[1].finished)[1]
-    mine = [entry for entry in history if entry[1].tag == last.tag]
-    print(standing(mine, holder(ROOT / "runs" / last.tag)))
+    """Print where a run stands."""
+    experiments = past(options.tag)
+    print(standing(experiments, holder(ROOT / "runs" / experiments[0].tag)))
     return 0
+
+
+def show_prompt(options: argparse.Namespace) -> int:
+    """Print what the agent would be told now."""
+    print(prompt.brief((ROOT / "program.md").read_text(encoding="utf-8"), past(options.tag)), end="")
+    return 0
+
+
+def past(tag: str | None) -> list[Experiment]:
+    """The experiments of a run as git holds them: of the one named, else of the one that ran last."""
+    experiments = [experiment for _, experiment in read_history(checks.open_checkout(ROOT), tag or "*")]
+    if not experiments:
+        running = holder(ROOT / "runs" / (tag or ""))
+        why = f"; {running} is training the baseline" if running else ""
+        raise UserError(f"no experiments yet under {REFS}/{tag or ''}{why}")
+    last = max(experiments, key=lambda e: e.finished)
+    return [experiment for experiment in experiments if experiment.tag == last.tag]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -329,9 +386,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     today = date.today()
     today_tag = f"{today:%b}{today.day}".lower()
     add = parser.add_argument
-    add("command", nargs="?", choices=["run", "status"], default="run", help="what to do (default: run)")
+    add("command", nargs="?", choices=["run", *READ_ONLY], default="run", help="what to do (default: run)")
     add("--tag", help=f"name of the run and its branch (default: {today_tag})")
-    add("--agent", help="random, or any shell command: prompt on standard input, idea on its last line of output")
+    add(
+        "--agent",
+        help=f"{', '.join(PRESETS)}, random, or any shell command: prompt on standard input, idea on its last line of "
+        "output (default: the first that is installed)",
+    )
+    add("--model", metavar="NAME", help="which model the agent uses (default: its own)")
     add("--arena", help="what to train on: climbmix, tinystories, python, demo or ./a/folder (default: climbmix)")
     add("--gpu", metavar="N", type=whole, help="which GPU (default: the first)")
     add("--experiments", metavar="N", type=whole, help="stop after so many, the baseline not counted")
@@ -345,20 +407,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
     add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine")
     options = parser.parse_args(argv)
-    if options.command == "status":
+    if options.command in READ_ONLY:
         return options
     demo = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
     usual = {"tag": today_tag, "arena": "climbmix"}
     for name, value in (demo if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.agent is None:
-        parser.error("--agent is missing: 'random', or a command such as 'claude -p'")
     if os.sep in options.arena:  # the same from the worktree
         options.arena = str(Path(options.arena).expanduser().resolve())
     if options.train_timeout is not None and options.train_timeout < 120:
         parser.error("--train-timeout must be at least 120 s")
     return options
+
+
+READ_ONLY = {"status": status, "prompt": show_prompt}  # also while another process runs
 
 
 class Parser(argparse.ArgumentParser):
@@ -397,7 +460,7 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(signum, interrupt)
     try:
         options = parse(argv)
-        return status(options) if options.command == "status" else start(options, Plain())
+        return READ_ONLY[options.command](options) if options.command in READ_ONLY else start(options, Plain())
     except UserError as error:
         if str(error):
             print(f"error: {error}", file=sys.stderr)

@@ -6,16 +6,19 @@ from rich.console import Console
 
 from autoresearch.records import (
     Asking,
+    Chosen,
     Dropped,
     Event,
     Experiment,
     Preparing,
     Refereeing,
+    Repeated,
     Settled,
     Stalled,
     Started,
     Stopped,
     Training,
+    Waiting,
     one_line,
 )
 
@@ -35,6 +38,8 @@ class Plain:
 def text(event: Event) -> str:
     """Word an event in one line."""
     match event:
+        case Chosen(agent, among):
+            return f"agent {agent}, the first installed of {', '.join(among)}; --agent takes another"
         case Preparing(arena):
             return f"preparing the arena {arena}"
         case Started(tag, branch, agent, arena, machine, recorded, incumbent):
@@ -54,6 +59,10 @@ def text(event: Event) -> str:
             return f"{outcome(experiment)} ({commit[:10]})"
         case Stalled(number, reason):
             return f"{number:04d} no experiment: {one_line(reason)}"
+        case Repeated(number, earlier):
+            return f"{number:04d} the same program as experiment {earlier.number}; asking once more"
+        case Waiting(why, until):
+            return f"waiting until {until.astimezone():%H:%M:%S} of {until.astimezone():%d %b}: {one_line(why)}"
         case Dropped(commit):
             return f"put away what was unfinished: {commit[:10]}"
         case Stopped(reason, experiments, best):
@@ -68,9 +77,8 @@ def outcome(e: Experiment) -> str:
     return f"{e.number:04d} {e.status:7s} {score}{difference} {e.headline}"
 
 
-def standing(history: list[tuple[str, Experiment]], holder: str | None) -> str:
+def standing(experiments: list[Experiment], holder: str | None) -> str:
     """Where a run stands, in a few lines: counts, gain, rate, the kept ones, the last ten."""
-    experiments = [experiment for _, experiment in history]
     first, best = experiments[0], min((e for e in experiments if e.status == "keep"), key=lambda e: e.val_bpb or 0.0)
     kept, discarded, crashed = (sum(e.status == s for e in experiments[1:]) for s in ("keep", "discard", "crash"))
     minutes = sum(e.minutes for e in experiments)

@@ -31,6 +31,15 @@ class Ledger:
         self.history = read_history(checkout, tag)
 
     @property
+    def experiments(self) -> list[Experiment]:
+        return [experiment for _, experiment in self.history]
+
+    @property
+    def tried(self) -> dict[str, Experiment]:
+        """Experiments by the fingerprint of the program that they trained; the first of each."""
+        return {e.source: e for e in reversed(self.experiments) if e.source}
+
+    @property
     def next_number(self) -> int:
         return self.history[-1][1].number + 1 if self.history else 0
 

@@ -1,5 +1,6 @@
 """Start a process, wait for it under a limit, and leave nothing of it behind."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MARK = "AUTORESEARCH_RUN"  # in the environment of everything we start: how orphans are found
+MARK = "AUTORESEARCH_RUN"  # in the environment of everything we start: how orphans of a killed driver are found
+GRACE = 5.0  # seconds that a process is given to end by itself, after each of two signals
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ def run(
     stdin: Path = Path(os.devnull),
     pass_fds: tuple[int, ...] = (),
     watch: Callable[[], None] = lambda: None,
+    politely: bool = False,
 ) -> Exit:
     """Run a command in a session of its own, output to files. However this returns, everything it started is dead.
 
     Standard error joins standard output unless `err` is given. `watch` is called all the while, ten times a second, and
-    once after the end. Not found is an OSError.
+    once after the end. At the limit it is killed; `politely` means after signals that let it say a last word. Not found
+    is an OSError.
     """
+    adopt_orphans()
+    others = descendants()
     start = time.monotonic()
     with stdin.open("rb") as stdin_file, out.open("wb") as out_file, (err or out).open("ab") as err_file:
         process = subprocess.Popen(
@@ -56,10 +62,20 @@ def run(
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=min(left, 0.1))
                 watch()
+            for signum in (signal.SIGINT, signal.SIGTERM) if code is None and politely else ():
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signum)
+                    process.wait(timeout=GRACE)
         finally:
             kill_group(process)
-            sweep(mark)
+            sweep(mark, others)
     return Exit(code, time.monotonic() - start)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever our children leave behind, so that leaving its group and session hides nothing."""
+    pr_set_child_subreaper = 36  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -69,33 +85,50 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def sweep(mark: Path) -> None:
-    """Kill every process that carries a run's mark and is not this one: orphans that left their group included.
+def sweep(mark: Path, others: frozenset[int] | None = None) -> None:
+    """Kill what carries a run's mark, and what descends from this process, those `others` that did before aside.
 
-    Not guaranteed: a process that wiped its environment, or that another user owns, is not found.
+    Not guaranteed: a process that wiped its environment and whose driver was killed, or that another user owns, is not
+    found.
     """
     give_up = time.monotonic() + 5  # a process stuck in the kernel dies when the kernel lets it
-    while (orphans := marked(mark)) and time.monotonic() < give_up:
+    while (orphans := marked(mark) | (descendants() - others if others is not None else set())) and (
+        time.monotonic() < give_up
+    ):
         for pid in orphans:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
 
 
-def marked(mark: Path) -> list[int]:
+def marked(mark: Path) -> set[int]:
     """Living processes whose environment carries the mark, this one aside."""
     wanted = f"{MARK}={mark}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or another user's
-            continue
-        if wanted in variables:  # a zombie's environment reads as empty
-            found.append(int(entry.name))
-    return found
+    # a zombie's environment reads as empty
+    return {pid for pid in processes() if pid != os.getpid() and wanted in read(pid, "environ").split(b"\0")}
+
+
+def descendants() -> frozenset[int]:
+    """Processes below this one, zombies included."""
+    # pid (name) state parent ...; the name may hold anything, blanks and brackets included
+    parents = {pid: int(stat.rpartition(b")")[2].split()[1]) for pid in processes() if (stat := read(pid, "stat"))}
+    found, fresh = set[int](), {os.getpid()}
+    while fresh := {pid for pid, parent in parents.items() if parent in fresh}:
+        found |= fresh
+    return frozenset(found)
+
+
+def processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # gone meanwhile, or another user's
+        return b""
 
 
 def tail(path: Path, size: int = 4000) -> str:

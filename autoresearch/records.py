@@ -3,8 +3,9 @@
 import re
 import textwrap
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 EDITABLE = "train.py"  # the one file that an experiment changes
 Status = Literal["keep", "discard", "crash"]
@@ -63,11 +64,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Finished:
-    """Training ended with a summary; `seconds` is wall clock from start to exit. Once the referee has agreed, the
-    scores are the referee's, and the one on sealed rows is known."""
+    """Training ended with a summary; `seconds` is wall clock from start to exit, `curve` the loss along the way. Once
+    the referee has agreed, the scores are the referee's, and the one on sealed rows is known."""
 
     summary: Summary
     seconds: float
+    curve: str = ""
     sealed_bpb: float | None = None
     referee_seconds: float | None = None
 
@@ -79,6 +81,7 @@ class Crashed:
     reason: str
     tail: str
     seconds: float
+    curve: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class TimedOut:
 
     limit: float
     seconds: float
+    curve: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,28 +107,86 @@ Outcome = Finished | Crashed | TimedOut | Rejected
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What agent calls cost. None is unknown, and a sum leaves unknown parts out, so it reads `at least`."""
+
+    seconds: float
+    cost_usd: float | None = None
+    tokens_in: int | None = None  # those read from a cache included
+    tokens_cached: int | None = None
+    tokens_out: int | None = None
+    turns: int | None = None
+    model: str | None = None
+    calls: int = 1
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.seconds + other.seconds,
+            plus(self.cost_usd, other.cost_usd),
+            plus(self.tokens_in, other.tokens_in),
+            plus(self.tokens_cached, other.tokens_cached),
+            plus(self.tokens_out, other.tokens_out),
+            plus(self.turns, other.turns),
+            other.model or self.model,
+            self.calls + other.calls,
+        )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def plus(a: Number | None, b: Number | None) -> Number | None:
+    return b if a is None else a if b is None else a + b
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """Only a person can mend it: no login, no credit, no such model."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Busy:
+    """It will pass by itself: at `until`, or in a while."""
+
+    why: str
+    until: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The call brought nothing to train, and the next one may."""
+
+    why: str
+
+
+Trouble = Hopeless | Busy | Failed
+
+
+@dataclass(frozen=True)
 class Reply:
-    """One agent call: the idea in a line, the reason in a paragraph, both the agent's own words. None is unknown."""
+    """One agent call: the idea in a line and the reason in a paragraph, both the agent's own words, what it cost, and
+    what went wrong with it."""
 
     description: str
     reason: str
-    seconds: float
-    error: str = ""
-    cost_usd: float | None = None
-    tokens: int | None = None
+    usage: Usage
+    trouble: Trouble | None = None
 
 
 @dataclass(frozen=True)
 class Edit:
     """What one agent call did to the tree: every path that now differs from the incumbent, and a commit of the
     incumbent with train.py as it now is. `fresh` says whether that differs from what was there before the call,
-    `plain` whether train.py is still a file and no link."""
+    `plain` whether train.py is still a file and no link, `repeats` which experiment trained the same program before."""
 
     reply: Reply
     paths: tuple[str, ...]
     commit: str
     fresh: bool
     plain: bool
+    repeats: "Experiment | None" = None
 
 
 # -----------------------------------------------------------------------------
@@ -153,6 +215,9 @@ class Experiment:
     agent_seconds: float
     run_seconds: float  # from the first training process to the last, wall clock
     crash: str | None = None  # why there is no number
+    source: str | None = None  # fingerprint of the program that was trained
+    changes: str | None = None  # what in the program is different, from the diff
+    curve: str | None = None  # loss and tokens per second along the way
     val_bpb: float | None = None
     val_bpb_upstream: float | None = None
     sealed_bpb: float | None = None
@@ -168,7 +233,12 @@ class Experiment:
     mfu_percent: float | None = None
     gpu: str | None = None
     driver: str | None = None
-    agent_tokens: int | None = None
+    model: str | None = None
+    calls: int | None = None
+    turns: int | None = None
+    tokens_in: int | None = None
+    tokens_cached: int | None = None
+    tokens_out: int | None = None
     cost_usd: float | None = None
 
     @property
@@ -186,20 +256,29 @@ class Experiment:
         return (self.agent_seconds + self.run_seconds + (self.referee_seconds or 0)) / 60
 
 
+def costs_of(usage: Usage) -> dict[str, Any]:
+    """What the record takes from the agent's calls."""
+    return {
+        "agent_seconds": usage.seconds, "cost_usd": usage.cost_usd, "model": usage.model, "calls": usage.calls or None,
+        "turns": usage.turns, "tokens_in": usage.tokens_in, "tokens_cached": usage.tokens_cached,
+        "tokens_out": usage.tokens_out,
+    }  # fmt: skip
+
+
 def facts_of(outcome: Outcome) -> dict[str, Any]:
     """What the record takes from a run: from the harness, never from the agent's words."""
     match outcome:
-        case Finished(summary, seconds, sealed_bpb, referee_seconds):
+        case Finished(summary, seconds, curve, sealed_bpb, referee_seconds):
             return {
-                "sealed_bpb": sealed_bpb, "referee_seconds": referee_seconds,
+                "curve": curve or None, "sealed_bpb": sealed_bpb, "referee_seconds": referee_seconds,
                 "val_bpb": summary.val_bpb, "val_bpb_upstream": summary.val_bpb_upstream, "run_seconds": seconds,
                 "memory_gb": summary.peak_vram_mb / 1024, "training_seconds": summary.training_seconds,
                 "total_seconds": summary.total_seconds, "tokens_M": summary.total_tokens_M, "steps": summary.num_steps,
                 "tokens_per_second": summary.total_tokens_M * 1e6 / summary.training_seconds,
                 "params_M": summary.num_params_M, "mfu_percent": summary.mfu_percent,
             }  # fmt: skip
-        case Crashed(_, _, seconds) | TimedOut(_, seconds):
-            return {"crash": reason(outcome), "run_seconds": seconds}
+        case Crashed(_, _, seconds, curve) | TimedOut(_, seconds, curve):
+            return {"curve": curve or None, "crash": reason(outcome), "run_seconds": seconds}
         case Rejected():
             return {"crash": reason(outcome), "run_seconds": 0.0}
 
@@ -234,12 +313,20 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Tokens-per-second", "tokens_per_second", float, ".0f"),
     ("Mfu-percent", "mfu_percent", float, ".2f"),
     ("Parameters-M", "params_M", float, ".3f"),
+    ("Curve", "curve", str, "s"),
+    ("Changes", "changes", str, "s"),
+    ("Source", "source", str, "s"),
     ("Lines-added", "added", int, "d"),
     ("Lines-removed", "removed", int, "d"),
     ("Repairs", "repairs", int, "d"),
     ("Agent", "agent", str, "s"),
     ("Agent-seconds", "agent_seconds", float, ".1f"),
-    ("Agent-tokens", "agent_tokens", int, "d"),
+    ("Model", "model", str, "s"),
+    ("Agent-calls", "calls", int, "d"),
+    ("Agent-turns", "turns", int, "d"),
+    ("Agent-tokens-in", "tokens_in", int, "d"),
+    ("Agent-tokens-cached", "tokens_cached", int, "d"),
+    ("Agent-tokens-out", "tokens_out", int, "d"),
     ("Cost-usd", "cost_usd", float, ".4f"),
     ("Seed", "seed", int, "d"),
     ("Arena", "arena", str, "s"),
@@ -284,6 +371,12 @@ def one_line(text: str, limit: int = 200) -> str:
 
 # -----------------------------------------------------------------------------
 # What the display is told
+
+
+@dataclass(frozen=True)
+class Chosen:
+    agent: str
+    among: tuple[str, ...]  # what was looked for, in that order
 
 
 @dataclass(frozen=True)
@@ -333,6 +426,18 @@ class Stalled:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    number: int
+    earlier: Experiment  # which trained the same program
+
+
+@dataclass(frozen=True)
+class Waiting:
+    why: str
+    until: datetime
+
+
+@dataclass(frozen=True)
 class Dropped:
     """Something unfinished was put away; its commit can still be found by its hash."""
 
@@ -346,4 +451,7 @@ class Stopped:
     best: Experiment | None
 
 
-Event = Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Dropped | Stopped
+Event = (
+    Chosen | Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting | Dropped
+    | Stopped
+)  # fmt: skip

@@ -33,4 +33,4 @@ def review(
     if abs(claimed - scored) > AGREE:
         return Crashed(f"claims val_bpb {claimed:.6f}, and the referee scores its model {scored:.6f}", end, run.seconds)
     summary = replace(run.summary, val_bpb=round(scored, 6), val_bpb_upstream=round(verdict["val_bpb_upstream"], 6))
-    return Finished(summary, run.seconds, round(verdict["sealed_bpb"], 6), ended.seconds)
+    return replace(run, summary=summary, sealed_bpb=round(verdict["sealed_bpb"], 6), referee_seconds=ended.seconds)

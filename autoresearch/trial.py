@@ -38,20 +38,20 @@ def run_training(
             [sys.executable, "train.py"], cwd=tree, env=env, limit=limit, mark=mark, out=log,
             pass_fds=(witness.theirs,), watch=witness.look,
         )  # fmt: skip
-    end = process.tail(log)
+    end, curve = process.tail(log), read_curve(process.tail(log, MAX_LOG))
     if altered := restore(tree, arena, before):
         return Crashed(f"changed the arena's files while it ran: {', '.join(altered)}", end, ended.seconds)
     if ended.code is None:
-        return TimedOut(limit, ended.seconds)
+        return TimedOut(limit, ended.seconds, curve)
     if ended.code:
-        return Crashed(reason_of(ended.code, end), end, ended.seconds)
+        return Crashed(reason_of(ended.code, end), end, ended.seconds, curve)
     try:
         summary = read_summary(process.tail(log, 100_000), arena.budget)
         witness.check(summary)
     except ValueError as error:
-        return Crashed(str(error), end, ended.seconds)
+        return Crashed(str(error), end, ended.seconds, curve)
     # on our clock, which also sees the interpreter go
-    return Finished(replace(summary, total_seconds=round(ended.seconds, 1)), ended.seconds)
+    return Finished(replace(summary, total_seconds=round(ended.seconds, 1)), ended.seconds, curve)
 
 
 class Witness:
@@ -148,7 +148,27 @@ def check_syntax(path: Path) -> Crashed | None:
 
 
 # -----------------------------------------------------------------------------
-# The summary block
+# What a run printed: the lines along the way, and the summary block
+
+MAX_LOG = 4_000_000  # bytes of the log's end that are searched for progress
+PROGRESS = re.compile(r"^.*?([\d.]+)%.*?\bloss\D{0,3}([\d.]+)(?:.*?([\d,]+) tok/s)?", re.MULTILINE)
+
+
+def read_curve(log: str) -> str:
+    """The loss and the tokens per second at each tenth of the budget, as far as train.py's progress lines give them.
+
+    >>> read_curve("step 1   9.0%  loss 5.1\\nstep 2  11.0%  loss 4.2500  81,200 tok/s")
+    '11% 4.250 81k/s'
+    """
+    points: dict[int, str] = {}
+    for percent, loss, speed in PROGRESS.findall(log):
+        with suppress(ValueError):
+            done, value = float(percent), float(loss)
+            if 10 <= done <= 100:
+                pace = f" {int(speed.replace(',', '')) / 1000:.0f}k/s" if speed else ""
+                points.setdefault(int(done // 10), f"{done:.0f}% {value:.3f}{pace}")
+    return ", ".join(points[tenth] for tenth in sorted(points))
+
 
 MAY_BE_UNKNOWN = {"mfu_percent"}
 

@@ -17,7 +17,7 @@ from autoresearch.git import Repo
 from autoresearch.ledger import read_history
 from tests.conftest import QUICK_PREPARE, QUICK_TRAIN, Project, clean_environment, commit_all, copy_project
 
-AGENT = 'echo "# $AUTORESEARCH_EXPERIMENT" >> train.py; echo an idea'
+AGENT = """echo "X = '$AUTORESEARCH_EXPERIMENT'" >> train.py; echo an idea"""
 
 
 def main() -> None:

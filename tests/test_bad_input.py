@@ -21,9 +21,11 @@ def one_line(said: str) -> str:
         (["--agent=true", "--tag=a b"], 2, "cannot be part of a branch's name"),
         (["--agent=true", "--tag=../x"], 2, "cannot be part of a branch's name"),
         (["--agent=true", "--tag=x.lock"], 2, "cannot be part of a branch's name"),
-        (["--agent=no-such-agent --fast"], 2, "unknown agent 'no-such-agent --fast': give random, or a command"),
+        (["--agent=no-such-agent --fast"], 2, "unknown agent 'no-such-agent --fast': give one of claude, "),
         (["--agent="], 2, "unknown agent"),
-        ([], 2, "--agent is missing"),
+        (["--agent=codex"], 2, "codex is not on the PATH: npm install -g @openai/codex"),
+        (["--agent=true", "--model=m"], 2, "--model is for the agents that have one (claude, codex"),
+        ([], 2, "no coding agent is installed (claude, codex"),
         (["--agent=true", "--experiments=-1"], 2, "'-1' is not a whole number"),
         (["--agent=true", "--hours=nan"], 2, "'nan' is not a positive number"),
         (["--agent=true", "--train-timeout=60"], 2, "at least 120"),
@@ -125,7 +127,7 @@ def test_checkout_on_the_runs_branch(project: Project) -> None:
 @pytest.mark.parametrize("what", ["arena", "seed"])
 def test_what_cannot_be_compared(project: Project, what: str) -> None:
     """A run goes on only under the conditions that it started with."""
-    project.research("echo '# x' >> train.py")
+    project.research("echo 'X = 1' >> train.py")
     arena = "other" if what == "arena" else "demo"
     project.env["AUTORESEARCH_SEED"] = "7" if what == "seed" else "42"
     if what == "arena":

@@ -77,7 +77,7 @@ def test_asked_to_stop(project: Project, tmp_path: Path, signum: int) -> None:
 def test_nohup(project: Project, tmp_path: Path) -> None:
     """A hang-up that the caller chose to ignore stays ignored."""
     go = tmp_path / "go"
-    agent = f"while [ ! -e {go} ]; do sleep 0.05; done; echo '# x' >> train.py; echo on"
+    agent = f"while [ ! -e {go} ]; do sleep 0.05; done; echo 'X = 1' >> train.py; echo on"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         driver = project.start(agent)

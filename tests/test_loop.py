@@ -151,7 +151,7 @@ def test_a_broken_worktree_is_made_again(project: Project) -> None:
 def test_tricks_with_git_do_not_stop_the_next_experiment(project: Project, trick: str) -> None:
     agent = f"""
     if [ ! -e ../../tricked ]; then touch ../../tricked; {BETTER}; {trick}
-    else echo "# $AUTORESEARCH_EXPERIMENT" >> train.py; echo go on; fi
+    else echo "X = '$AUTORESEARCH_EXPERIMENT'" >> train.py; echo go on; fi
     """
     project.research(agent, experiments=2)
     assert project.rows()[-1]["description"] == "go on"
@@ -173,7 +173,7 @@ def test_no_edit_is_no_experiment_and_ends_the_run(project: Project) -> None:
     said = project.research("echo I would rather not", code=1)
     assert len(project.rows()) == 1
     assert said.count("no experiment: no line of train.py is different: I would rather not") == 5
-    assert "changed nothing 5 times in a row" in said.splitlines()[-1]
+    assert "brought nothing 5 times in a row" in said.splitlines()[-1]
     project.check()
 
 

@@ -1,0 +1,208 @@
+"""What an agent's output says: the answer, its cost, and what went wrong, each CLI in the format it has."""
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from autoresearch.process import tail
+from autoresearch.records import Busy, Failed, Hopeless, Trouble, one_line, plus
+
+MAX_OUTPUT = 64_000_000  # bytes of an answer that are read at all
+Json = Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an output says of a call; None is unknown. `error` comes from error fields alone, never from the model's
+    prose, and `status` is the HTTP status that it names. Tokens in include those from a cache."""
+
+    text: str = ""
+    error: str = ""
+    status: int | None = None
+    cost_usd: float | None = None
+    tokens_in: int | None = None
+    tokens_cached: int | None = None
+    tokens_out: int | None = None
+    turns: int | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files that a call left: standard output, standard error, and the one that a CLI was told to write."""
+
+    out: Path
+    err: Path
+    side: Path
+
+    def text(self) -> str:
+        return tail(self.out, MAX_OUTPUT)
+
+    def objects(self) -> list[dict[str, Json]]:
+        """The JSON objects of standard output: one on each line, or a list, or one; ValueError when there is none."""
+        text = self.text()
+        try:
+            whole = json.loads(text)
+            found = whole if isinstance(whole, list) else [whole]
+        except ValueError:
+            found = [value for line in text.splitlines() if line.startswith("{") and (value := parse(line)) is not None]
+        found = [value for value in found if isinstance(value, dict)]
+        if not found:
+            raise ValueError(f"no JSON, but {one_line(text, 200) or 'nothing'}")
+        return found
+
+
+def parse(line: str) -> Json:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def dig(value: Json, *path: str) -> Json:
+    """A value deep in objects, or None where one of the steps is not there."""
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def number(value: Json, *path: str) -> int | None:
+    found = dig(value, *path)
+    return int(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def string(value: Json, *path: str) -> str:
+    found = dig(value, *path)
+    return found if isinstance(found, str) else ""
+
+
+def dollars(value: Json, *path: str) -> float | None:
+    found = dig(value, *path)
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+# -----------------------------------------------------------------------------
+# One reader for each format; ValueError for output that is not what the CLI promises
+
+
+def read_text(output: Output) -> Answer:
+    """Any command: the answer is its output, and what it cost it does not say."""
+    return Answer(tail(output.out, 20_000))
+
+
+def read_claude(output: Output) -> Answer:
+    """One object at the end. `subtype` says success on API errors too, so `is_error` counts."""
+    last = next((o for o in reversed(output.objects()) if o.get("type") == "result"), None)
+    if last is None:
+        raise ValueError("no result")
+    text, usage = string(last, "result"), last.get("usage")
+    cached = number(usage, "cache_read_input_tokens")
+    fresh = plus(number(usage, "input_tokens"), number(usage, "cache_creation_input_tokens"))
+    complaint = text or "; ".join(map(str, last.get("errors") or [])) or string(last, "subtype")
+    failed = last.get("is_error") is True
+    return Answer(
+        text="" if failed else text, error=complaint if failed else "", status=number(last, "api_error_status"),
+        cost_usd=dollars(last, "total_cost_usd"), tokens_in=plus(fresh, cached), tokens_cached=cached,
+        tokens_out=number(usage, "output_tokens"), turns=number(last, "num_turns"),
+        model=", ".join(last.get("modelUsage") or {}) or None,
+    )  # fmt: skip
+
+
+def read_codex(output: Output) -> Answer:
+    """Events, a line each; the answer is its last message. Retries are reported as errors that were none."""
+    usage, error, text, failed = None, "", "", False
+    for event in output.objects():
+        match event:
+            case {"type": "turn.completed"}:
+                usage, failed = event.get("usage"), False
+            case {"type": "turn.failed"}:
+                error, failed = string(event, "error", "message"), True
+            case {"type": "error"}:
+                error = string(event, "message")
+            case {"type": "item.completed", "item": {"type": "agent_message", "text": str(said)}}:
+                text = said
+    return Answer(
+        text=text, error=(error or "no reason given") if failed or usage is None else "",
+        tokens_in=number(usage, "input_tokens"), tokens_cached=number(usage, "cached_input_tokens"),
+        tokens_out=number(usage, "output_tokens"),
+    )  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# What went wrong
+
+RETRY_IN = re.compile(r"(?:retry|try again) in ([\d.]+) ?s", re.I)
+LIMIT = re.compile(r"hit your .{0,20}limit|usage limit|limit reached|limits? will reset", re.I)
+HOPELESS = re.compile(
+    r"not logged in|log ?in again|/login|authenticat|unauthorized|forbidden|invalid.{0,12}api.?key|incorrect api key"
+    r"|api.?key.{0,20}(not valid|not found|missing|required)|credit balance|insufficient.{0,3}(quota|credit|balance)"
+    r"|billing details|model.{0,80}(not exist|not found|not supported)|(unknown|invalid|no such) model"
+    r"|issue with the selected model",
+    re.I,
+)
+BUSY = re.compile(
+    r"overloaded|rate.?limit|too many requests|timed? ?out|temporar|unavailable|internal server error|api error"
+    r"|connection|disconnected|network|econn|socket|malformed response|quota",
+    re.I,
+)
+STATUS = re.compile(r"(?:status|error|code|http)\W{1,3}(?:code\W{1,3})?([45]\d\d)\b", re.I)
+
+
+def classify(error: str, status: int | None, now: datetime) -> Trouble:
+    """Say what an error calls for: a person, patience, or another try."""
+    why = one_line(error, 300)
+    found = STATUS.search(error)
+    status = status or (int(found[1]) if found else None)
+    if found := RETRY_IN.search(error):
+        return Busy(why, now + timedelta(seconds=float(found[1]) + 1))
+    if LIMIT.search(error):
+        return Busy(why, read_reset(error, now))
+    if status in (401, 402, 403, 404) or HOPELESS.search(error):
+        return Hopeless(why)
+    if status in (408, 409, 425, 429) or (status or 0) >= 500 or BUSY.search(error):
+        return Busy(why)
+    return Failed(why)
+
+
+RESET = re.compile(
+    r"(?:resets?|reset at|try again at)\s+(?:at\s+)?"
+    r"(?:(?P<month>[A-Z][a-z]{2})[a-z]* (?P<day>\d{1,2})(?:st|nd|rd|th)?,?(?: (?P<year>\d{4}),?)? )?"
+    r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))?\s*(?P<half>[ap])m(?: \((?P<zone>[\w/+-]+)\))?",
+    re.I,
+)
+MARGIN = timedelta(minutes=1)  # the time is told without its seconds
+
+
+def read_reset(error: str, now: datetime) -> datetime | None:
+    """When a usage limit ends: `resets 3pm (Europe/Rome)`, `resets Nov 28, 2:48am`, `try again at Nov 28th, 2026 2:48
+    AM` or `...|<seconds since 1970>`. `now` carries a zone, which holds where the message names none. None: it is not
+    said, or past.
+
+    >>> from datetime import UTC
+    >>> read_reset("resets 3:10pm (UTC)", datetime(2026, 11, 25, 14, tzinfo=UTC))
+    datetime.datetime(2026, 11, 25, 15, 11, tzinfo=zoneinfo.ZoneInfo(key='UTC'))
+    """
+    if epoch := re.search(r"\|(\d{10})\b", error):
+        until = datetime.fromtimestamp(int(epoch[1]), now.tzinfo)
+        return until + timedelta(seconds=1) if until > now else None
+    found = RESET.search(error)
+    if found is None:
+        return None
+    try:
+        here = now.astimezone(ZoneInfo(found["zone"])) if found["zone"] else now
+        hour = int(found["hour"]) % 12 + (12 if found["half"].lower() == "p" else 0)
+        until = here.replace(hour=hour, minute=int(found["minute"] or 0), second=0, microsecond=0)
+        if found["month"]:
+            month = datetime.strptime(found["month"].title(), "%b").month
+            until = until.replace(year=int(found["year"] or here.year), month=month, day=int(found["day"]))
+            if not found["year"] and until < here - timedelta(days=180):
+                until = until.replace(year=here.year + 1)
+    except (ValueError, KeyError, OSError):  # no such time, or no such zone on this machine
+        return None
+    if not found["month"] and until < here - timedelta(hours=1):
+        until += timedelta(days=1)  # the next time that a clock shows it
+    return until + MARGIN if until + MARGIN > here else None

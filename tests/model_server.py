@@ -57,8 +57,10 @@ Script = Callable[[str, int], Move]  # the prompt of a conversation, the answers
 
 
 class ModelServer(ThreadingHTTPServer):
-    """Plays a script; `requests` counts what was asked of the model. Every answer costs 100 tokens in, 30 of them
-    cached on top with Anthropic and among them with OpenAI, and 20 out."""
+    """Plays a script; `requests` counts what was asked of the model, `models` are the names it was called by.
+
+    Every answer costs 20 tokens out, and 100 in with 30 of a cache: on top with Anthropic, among them with OpenAI.
+    """
 
     daemon_threads = True
 
@@ -66,6 +68,7 @@ class ModelServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = script
         self.requests = 0
+        self.models: set[str] = set()
         self.closing = threading.Event()
 
     @property
@@ -101,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, b"{}")
             return
         self.server.requests += 1
+        self.server.models.add(body["model"])
         prompt, turn = api.read(body)
         match self.server.script(prompt, turn):
             case Fail() as fail:

@@ -8,10 +8,10 @@ from collections import defaultdict
 
 from autoresearch.records import Crashed, Experiment, one_line
 
-KEPT = 40  # experiments listed as the way to the incumbent: the largest gains and the latest
-RECENT = 20  # experiments listed with all their figures
-THEMES = 24  # parts of the program listed with what was tried
-VALUES = 6  # of one constant
+KEPT = 30  # experiments listed as the way to the incumbent: the largest gains and the latest
+RECENT = 16  # experiments listed with all their figures
+THEMES = 20  # parts of the program listed with what was tried
+VALUES = 5  # of one constant
 DRY = 6  # experiments in a row without a gain, before another direction is asked for
 
 FORMAT = """\
@@ -90,7 +90,7 @@ def recent(experiments: list[Experiment]) -> str:
 
 def row(e: Experiment) -> str:
     changed = f" {{{one_line(e.changes, 120)}}}" if e.changes else ""
-    words = f"{one_line(e.headline, 200)}{changed}; {e.lines:+d} lines"
+    words = f"{one_line(e.headline, 160)}{changed}; {e.lines:+d} lines"
     return f"- {e.number} {e.status} {score(e)}{signed(e)}: {words}{figures(e)}"
 
 
@@ -106,15 +106,15 @@ def themes(experiments: list[Experiment]) -> str:
     tried: dict[str, list[tuple[str, Experiment]]] = defaultdict(list)
     for e in experiments[1:]:
         for change in (e.changes or "").split("; "):
-            name, _, values = change.lstrip("+-").rstrip("…").partition(" ")
-            if name:
-                tried["the top level" if change == "the top level" else name].append((values.rpartition("-> ")[2], e))
+            name, _, values = change.lstrip("+-").partition(" ")
+            if name and not name.endswith("…"):
+                tried[name].append((values.rpartition("-> ")[2], e))
     order = sorted(tried.items(), key=lambda item: (-len(item[1]), item[0]))
     if not order:
         return ""
     lines = [theme(name, entries) for name, entries in order[:THEMES]]
     rest = ", ".join(f"{name} {len(entries)}" for name, entries in order[THEMES:])
-    more = f"\n- less often: {one_line(rest, 600)}" if rest else ""
+    more = f"\n- less often: {one_line(rest, 400)}" if rest else ""
     return (
         "# What was tried of each part of train.py, and the difference to the incumbent of the time\n\n"
         + "\n".join(lines) + more
@@ -124,7 +124,7 @@ def themes(experiments: list[Experiment]) -> str:
 def theme(name: str, entries: list[tuple[str, Experiment]]) -> str:
     kept = sum(e.status == "keep" for _, e in entries)
     outcomes = ", ".join(f"{one_line(value, 24)}{' ' if value else ''}{verdict(e)}" for value, e in entries[-VALUES:])
-    return f"- {name}: {len(entries)} times, {kept} kept; {'' if len(entries) <= VALUES else 'lately '}{outcomes}"
+    return f"- {name}: {len(entries)} times, {kept} kept: {'' if len(entries) <= VALUES else 'lately '}{outcomes}"
 
 
 def verdict(e: Experiment) -> str:

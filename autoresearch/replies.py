@@ -141,7 +141,7 @@ HOPELESS = re.compile(
     r"not logged in|log ?in again|/login|authenticat|unauthorized|forbidden|invalid.{0,12}api.?key|incorrect api key"
     r"|api.?key.{0,20}(not valid|not found|missing|required)|credit balance|insufficient.{0,3}(quota|credit|balance)"
     r"|billing details|model.{0,80}(not exist|not found|not supported)|(unknown|invalid|no such) model"
-    r"|issue with the selected model",
+    r"|issue with the selected model|unknown (option|argument)|unexpected argument|unrecognized argument",
     re.I,
 )
 BUSY = re.compile(

@@ -4,10 +4,12 @@ import ast
 import hashlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from autoresearch.records import one_line
 
 Body = list[ast.stmt]
+TOP = "top-level"
 NO_PROGRAM = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -39,21 +41,25 @@ def parse(source: str) -> ast.Module:
 
 
 def sort_constants(body: Body) -> Iterator[ast.stmt]:
-    """Sort each run of `NAME = value` by name, unless one of them is set twice or reads another: then order matters."""
+    """Sort each run of `NAME = value` by name. A run ends where a name is set again, or one reads another: there the
+    order matters."""
     run: dict[str, ast.stmt] = {}
-    for statement in [*body, None]:
+    read: set[str] = set()
+    for statement in body:
         name = constant_name(statement)
-        reads = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - {name} if statement else set()
-        if run and (name is None or name in run or reads & run.keys()):
+        reads = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - {name}
+        if name is None or name in run or name in read or reads & run.keys():
             yield from (run[key] for key in sorted(run))
-            run = {}
-        if name is not None and statement is not None:
-            run[name] = statement
-        elif statement is not None:
+            run, read = {}, set()
+        if name is None:
             yield statement
+        else:
+            run[name] = statement
+            read |= reads
+    yield from (run[key] for key in sorted(run))
 
 
-def constant_name(statement: ast.stmt | None) -> str | None:
+def constant_name(statement: ast.stmt) -> str | None:
     match statement:
         case ast.Assign(targets=[ast.Name(id=name)]) if name.isupper():
             return name
@@ -76,35 +82,42 @@ def changes(before: str, after: str) -> str | None:
         found = [word(name, old.get(name), new.get(name)) for name in names]
     except NO_PROGRAM:
         return None
-    return one_line("; ".join(sorted(found, key=lambda text: (" " not in text, text.lstrip("+-")))), 300) or None
+    constants_first = sorted(found, key=lambda text: (" -> " not in text, text.lstrip("+-")))
+    return one_line("; ".join(constants_first), 300) or None
 
 
-def parts(body: Body, within: str = "", head: str = "") -> Iterator[tuple[str, str]]:
-    """(name, source) of each constant, function and method; what is neither belongs to its class or `the top level`."""
+@dataclass(frozen=True)
+class Part:
+    """A constant, by its value, or a function, a method, a class without them, or what is left of the top level."""
+
+    text: str
+    constant: bool = False
+
+
+def parts(body: Body, within: str = "", head: str = "") -> Iterator[tuple[str, Part]]:
     rest = [head]
     for statement in body:
         match statement:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
-                yield f"{within}{name}", ast.unparse(statement)
+                yield f"{within}{name}", Part(ast.unparse(statement))
             case ast.ClassDef(name=name, body=inner):
                 head = " ".join(ast.unparse(part) for part in [*statement.bases, *statement.decorator_list])
                 yield from parts(inner, f"{within}{name}.", head)
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
-                yield f"{within}{name}", ast.unparse(value)
+                yield f"{within}{name}", Part(ast.unparse(value), constant=True)
             case _:
                 rest.append(ast.unparse(statement))
-    yield within.rstrip(".") or "the top level", "\n".join(rest)
+    yield within.rstrip(".") or TOP, Part("\n".join(rest))
 
 
-def word(name: str, was: str | None, now: str | None) -> str:
-    constant = name.rpartition(".")[2].isupper()
+def word(name: str, was: Part | None, now: Part | None) -> str:
     if was is None or now is None:
-        sign, value = ("+", now) if was is None else ("-", was)
-        return f"{sign}{name} {one_line(value or '', 40)}" if constant else f"{sign}{name}"
-    if not constant:
+        part, sign = (now, "+") if was is None else (was, "-")
+        return f"{sign}{name} {one_line(part.text, 40)}" if part and part.constant else f"{sign}{name}"
+    if not (was.constant and now.constant):
         return name
-    was, now = differing_arguments(was, now)
-    return f"{name} {one_line(was, 40)} -> {one_line(now, 40)}"
+    before, after = differing_arguments(was.text, now.text)
+    return f"{name} {one_line(before, 40)} -> {one_line(after, 40)}"
 
 
 def differing_arguments(was: str, now: str) -> tuple[str, str]:

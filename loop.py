@@ -126,7 +126,7 @@ def attempt(lab: Lab, told: str) -> Trouble | None:
         idea, repairs, pauses = edit.reply, 0, 0
         outcome = run(lab, base, edit, folder, subject(idea))
         while isinstance(outcome, Crashed) and repairs < REPAIRS:
-            request = prompt.repair(taste, subject(idea), outcome)
+            request = prompt.repair(taste, lab.ledger.next_number, subject(idea), outcome)
             mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
             trouble = unusable(mend)
             if isinstance(trouble, Busy) and time.monotonic() < lab.deadline:

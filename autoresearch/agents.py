@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 class Agent:
     """A command that edits train.py where it stands and says what it did.
 
-    In `command`, `env`, `files` and `stdin`, {tree} is its working directory, {folder} the experiment's folder, {side}
-    a file that it may write beside its output, {prompt} the text of the prompt and {file} the file that holds it. The
-    word {model} becomes `flag` and the model that a person named, or nothing.
+    In `command`, `env`, `files` and `stdin`, {tree} is its working directory, {glob} the same as a pattern that matches
+    just it, {folder} the experiment's folder, {side} a file that it may write beside its output, {prompt} the text of
+    the prompt and {file} the file that holds it. The word {model} becomes `flag` and the model that a person named, or
+    nothing.
     """
 
     name: str
@@ -45,7 +46,7 @@ PRESETS = {agent.name: agent for agent in (
         "claude",
         ("claude", "-p", "--output-format", "json", "--safe-mode", "--no-session-persistence",
          "--tools", "Read,Edit,Write,Grep,Glob", "--permission-mode", "dontAsk",
-         "--allowedTools", "Edit(/{tree}/train.py)", "--max-turns", "30", "--max-budget-usd", "1", "{model}"),
+         "--allowedTools", "Edit(/{glob}/train.py)", "--max-turns", "30", "--max-budget-usd", "1", "{model}"),
         replies.read_claude, "npm install -g @anthropic-ai/claude-code",
         env={"CLAUDE_CODE_MAX_RETRIES": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
              "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1"},
@@ -146,7 +147,10 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     file, out, err, side = (call.folder / name for name in (
         f"prompt-{turn}.md", f"agent-{turn}.out", f"agent-{turn}.err", f"agent-{turn}.side"))  # fmt: skip
     file.write_text(prompt, encoding="utf-8")
-    words = {"tree": str(call.tree), "folder": str(call.folder), "file": str(file), "side": str(side), "prompt": prompt}
+    words = {
+        "tree": str(call.tree), "glob": re.sub(r"([\[*])", r"\\\1", str(call.tree)), "folder": str(call.folder),
+        "side": str(side), "prompt": prompt, "file": str(file),
+    }  # fmt: skip
     for name, text in agent.files.items():
         (call.folder / name).write_text(fill(text, words), encoding="utf-8")
     env = {**os.environ, **{name: fill(text, words) for name, text in agent.env.items()}, **call.env}

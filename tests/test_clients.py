@@ -1,18 +1,21 @@
 """The real Claude Code and Codex, as a user has them, against a scripted model on loopback: what each lets the agent
 do, what it says when things go wrong, and what the driver makes of it."""
 
+import json
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import ROOT, Project
 from model_server import Change, Fail, ModelServer, Move, Say, Script, Shell, Stall, Truncate
+from ten_experiments import QUICK, plan, script
 
 from autoresearch.records import Experiment, parse_message
 
@@ -251,6 +254,23 @@ def test_a_child_that_daemonizes(project: Project, client: str, play: Play) -> N
     assert recorded(project).status == "keep"
     left = subprocess.run(["pgrep", "--full", nap], capture_output=True, text=True)
     assert left.stdout == ""
+    project.check()
+
+
+@pytest.mark.parametrize("agent", ["claude", "codex", "command"])
+def test_ten_experiments(project: Project, play: Play, agent: str) -> None:
+    """The same ten ideas come to the same ten decisions by whichever hand; also trained for real, in benchmarks."""
+    edits = plan((project.root / "train.py").read_text(), QUICK)
+    if agent == "command":
+        (project.root.parent / "plan.json").write_text(json.dumps(edits))
+        agent = f"{sys.executable} {ROOT}/tests/ten_experiments.py {project.root.parent}/plan.json"
+    else:
+        play(script(edits))
+    said = project.research(needed(agent) if agent in PACKAGES else agent, experiments=10)
+    assert [row["status"] for row in project.rows()[1:]] == [idea.status for idea in QUICK]
+    assert said.count("0003 the same program as experiment 2") == 1
+    calls = [recorded(project, number).calls for number in range(1, 11)]
+    assert calls == [1, 1, 2, 2, 2, 1, 2, 1, 2, 1]
     project.check()
 
 

@@ -46,7 +46,7 @@ DEMO = (
     Idea("HEAD_LR", "0.00001", "discard", again=("EMBEDDING_LR", "0.0001")),
     Idea("SOFTCAP", "16.5", "keep"),
     Idea("NGRAMS", "(2, 3) + 1", "keep", mend="(2, 3)"),
-    Idea("BATCH", "2**17", "discard"),
+    Idea("BATCH", "2**15", "discard"),
     Idea("SOFTCAP", "0.5", "discard"),
     Idea("DEPTH", "'two'", "crash"),
     Idea("MATRIX_LR", "0.03", "keep"),

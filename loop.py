@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from autoresearch import checks, prompt, records, source
-from autoresearch.agents import PRESETS, Agent, AgentCall, ask, find_agent, spent_on
+from autoresearch.agents import AgentCall, ask, find_agent, spent_on
 from autoresearch.display import Plain, standing
 from autoresearch.git import GitError, Repo
 from autoresearch.ledger import PROGRAMS, REFS, Ledger, hold, holder, read_history
+from autoresearch.presets import PRESETS, Agent
 from autoresearch.process import sweep
 from autoresearch.records import (
     EDITABLE,
@@ -240,14 +241,15 @@ def settle(
     ledger, machine = lab.ledger, lab.machine
     added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
     before, after = (lab.checkout.show(name, EDITABLE) for name in (base, commit))
+    changes = source.changes(before, after)
     program_blob = lab.checkout.store(taste, PROGRAMS)
     with ledger.writing():
         recorded = Experiment(
             tag=ledger.tag, number=ledger.next_number, status=verdict(lab, base, commit, outcome),
-            description=subject(idea), reason=idea.reason, finished=ledger.now(), arena=lab.arena.name,
+            description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), arena=lab.arena.name,
             data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
             driver=machine.driver or None, program=program_blob, added=added, removed=removed, repairs=repairs,
-            incumbent=ledger.incumbent_bpb, changes=source.changes(before, after),
+            incumbent=ledger.incumbent_bpb, changes=changes,
             source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
         )  # fmt: skip
@@ -275,8 +277,9 @@ def decide(outcome: Outcome, lines: int, incumbent: float | None, best_ever: flo
     return "keep" if gain >= -TIE and lines < 0 and above_best <= TIE else "discard"
 
 
-def subject(reply: Reply) -> str:
-    return records.one_line(reply.description, 120) or "an edit that was not described"
+def subject(reply: Reply, changes: str | None = None) -> str:
+    silent = f"not described: {changes}" if changes else "an edit that was not described"
+    return records.one_line(reply.description or silent, 120)
 
 
 def program(lab: Lab, base: str) -> str:

@@ -1,69 +1,19 @@
-"""The coding agents: each a row of a table, and how one is asked. What it changed is for git to say."""
+"""Which coding agent is taken, and how it is asked once. What it changed is for git to say."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from autoresearch import process, replies
+from autoresearch.presets import BUILT_IN, PRESETS, ROOT, Agent
 from autoresearch.records import Failed, Hopeless, Reply, Trouble, Usage, UserError, one_line
 from autoresearch.replies import Answer, Output, classify
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Agent:
-    """A command that edits train.py where it stands and says what it did.
-
-    In `command`, `env`, `files` and `stdin`, {tree} is its working directory, {glob} the same as a pattern that matches
-    just it, {folder} the experiment's folder, {side} a file that it may write beside its output, {prompt} the text of
-    the prompt and {file} the file that holds it. The word {model} becomes `flag` and the model that a person named, or
-    nothing.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    read: Callable[[Output], Answer] = replies.read_text
-    install: str = ""
-    flag: str = "--model"
-    stdin: str = "{file}"
-    env: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)  # written into the experiment's folder first
-    model: str | None = None
-    price: tuple[float, float, float] | None = None  # dollars for a million tokens: input, cached input, output
-
-
-PRESETS = {agent.name: agent for agent in (
-    Agent(
-        "claude",
-        ("claude", "-p", "--output-format", "json", "--safe-mode", "--no-session-persistence",
-         "--tools", "Read,Edit,Write,Grep,Glob", "--permission-mode", "dontAsk",
-         "--allowedTools", "Edit(/{glob}/train.py)", "--max-turns", "30", "--max-budget-usd", "1", "{model}"),
-        replies.read_claude, "npm install -g @anthropic-ai/claude-code",
-        env={"CLAUDE_CODE_MAX_RETRIES": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-             "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1"},
-    ),
-    Agent(
-        "codex",
-        ("codex", "exec", "--json", "--ephemeral", "--sandbox", "workspace-write", "--disable", "plugins",
-         "-c", "sandbox_workspace_write.exclude_slash_tmp=true",
-         "-c", "sandbox_workspace_write.exclude_tmpdir_env_var=true", "-o", "{side}", "{model}", "-"),
-        replies.read_codex, "npm install -g @openai/codex",
-    ),
-)}  # fmt: skip
-BUILT_IN = {
-    # -P: the worktree, which is its working directory, is not where its code comes from
-    "random": Agent("random", (sys.executable, "-P", "-m", "autoresearch.random_agent"), env={"PYTHONPATH": str(ROOT)}),
-}
-
 
 # -----------------------------------------------------------------------------
 # Which agent
@@ -92,16 +42,20 @@ def find_agent(text: str | None, model: str | None = None) -> Agent:
 
 
 def shell_command(text: str) -> Agent:
-    """Any command line; UserError when its first word is no command."""
-    plain = re.match(r"\s*([\w./+-]+)(\s|$)", text)  # the first word, unless it is more shell than word
+    """Any command line; UserError when its first word is no command. A path counts from here, and not from where the
+    agent works."""
+    plain = re.match(r"\s*([\w./+-]+)(?=\s|$)", text)  # the first word, unless it is more shell than word
     if not text.strip() or (plain and not is_command(plain[1])):
         names = ", ".join([*PRESETS, *BUILT_IN])
         raise UserError(f"unknown agent {one_line(text, 80)!r}: give one of {names}, or a command that is installed", 2)
-    return Agent(one_line(text, 80), ("/bin/sh", "-c", text))
+    here = text if plain is None or os.sep not in plain[1] else str(Path(plain[1]).absolute()) + text[plain.end() :]
+    return Agent(one_line(text, 80), ("/bin/sh", "-c", here))
 
 
 def is_command(word: str) -> bool:
-    """Whether the shell knows the word: a program, a builtin or one of its keywords."""
+    """Whether a word is the path of a program, or the shell knows it: a program, a builtin or one of its keywords."""
+    if os.sep in word:
+        return Path(word).is_file() and os.access(word, os.X_OK)
     known = subprocess.run(["/bin/sh", "-c", 'command -v -- "$0"', word], capture_output=True, cwd=ROOT, check=False)
     return known.returncode == 0
 
@@ -144,12 +98,12 @@ CALLS = "calls.jsonl"  # in an experiment's folder: what each call cost, those t
 def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     """Call the agent once, fresh, under its hard limit. Prompt, transcript and cost stay in the experiment's folder."""
     turn = len(list(call.folder.glob("prompt-*.md")))
-    file, out, err, side = (call.folder / name for name in (
-        f"prompt-{turn}.md", f"agent-{turn}.out", f"agent-{turn}.err", f"agent-{turn}.side"))  # fmt: skip
+    file, output = call.folder / f"prompt-{turn}.md", Output(call.folder / f"agent-{turn}")
     file.write_text(prompt, encoding="utf-8")
     words = {
-        "tree": str(call.tree), "glob": re.sub(r"([\[*])", r"\\\1", str(call.tree)), "folder": str(call.folder),
-        "side": str(side), "prompt": prompt, "file": str(file),
+        "tree": str(call.tree), "glob": re.sub(r"([\[*])", r"\\\1", str(call.tree)), "regex": re.escape(str(call.tree)),
+        "folder": str(call.folder), "side": str(output.prefix), "file": str(file), "prompt": prompt,
+        "json": json.dumps(prompt),
     }  # fmt: skip
     for name, text in agent.files.items():
         (call.folder / name).write_text(fill(text, words), encoding="utf-8")
@@ -157,18 +111,18 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     try:
         ended = process.run(
             command_of(agent, words), cwd=call.tree, env=env, limit=call.limit, mark=call.mark,
-            stdin=Path(fill(agent.stdin, words)), out=out, err=err, politely=True,
+            stdin=Path(fill(agent.stdin, words)), out=output.path("out"), err=output.path("err"), politely=True,
         )  # fmt: skip
     except OSError as error:
         return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {error.strerror}"))
     try:
-        answer, unreadable = agent.read(Output(out, err, side)), ""
+        answer, unreadable = agent.read(output), ""
     except ValueError as error:
         answer, unreadable = Answer(), str(error)
     usage = usage_of(agent, answer, ended.seconds)
     with (call.folder / CALLS).open("a", encoding="utf-8") as calls:
         calls.write(json.dumps({"base": call.base, **asdict(usage)}) + "\n")
-    return Reply(*read_answer(answer.text), usage, judge(agent, answer, unreadable, ended, err, call.limit))
+    return Reply(*read_answer(answer.text), usage, judge(agent, answer, unreadable, ended, output, call.limit))
 
 
 def command_of(agent: Agent, words: dict[str, str]) -> list[str]:
@@ -195,7 +149,7 @@ def usage_of(agent: Agent, answer: Answer, seconds: float) -> Usage:
 
 
 def judge(
-    agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, err: Path, limit: float
+    agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, output: Output, limit: float
 ) -> Trouble | None:
     """What went wrong with a call: our limit first, then what its error fields say whatever the exit code, then that,
     then output that is not what the CLI promises."""
@@ -204,7 +158,7 @@ def judge(
     now = datetime.now().astimezone()
     if answer.error:
         return classify(answer.error, answer.status, now)
-    said = [line for line in process.tail(err).splitlines() if line.strip()]
+    said = [line for line in output.text("err", 4000).splitlines() if line.strip()]
     if ended.code in (126, 127):  # the shell's: not executable, not found
         return Hopeless(one_line(said[-1] if said else f"exit code {ended.code}", 300))
     if ended.code:

@@ -2,8 +2,10 @@
 
 import json
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -11,6 +13,7 @@ from zoneinfo import ZoneInfo
 from autoresearch.process import tail
 from autoresearch.records import Busy, Failed, Hopeless, Trouble, one_line, plus
 
+SILENT = "no reason given"
 MAX_OUTPUT = 64_000_000  # bytes of an answer that are read at all
 Json = Any
 
@@ -33,27 +36,39 @@ class Answer:
 
 @dataclass(frozen=True)
 class Output:
-    """The files that a call left: standard output, standard error, and the one that a CLI was told to write."""
+    """The files that a call left, all with one prefix: standard output, standard error, and what a CLI was told to
+    write beside them."""
 
-    out: Path
-    err: Path
-    side: Path
+    prefix: Path
 
-    def text(self) -> str:
-        return tail(self.out, MAX_OUTPUT)
+    def path(self, kind: str) -> Path:
+        return Path(f"{self.prefix}.{kind}")
 
-    def objects(self) -> list[dict[str, Json]]:
-        """The JSON objects of standard output: one on each line, or a list, or one; ValueError when there is none."""
-        text = self.text()
+    def text(self, kind: str = "out", size: int = MAX_OUTPUT) -> str:
+        return tail(self.path(kind), size) if self.path(kind).exists() else ""
+
+    def objects(self, kind: str = "out") -> list[dict[str, Json]]:
+        """The JSON objects of a file: one on each line, or a list of them, or one; ValueError when there is none."""
+        text = self.text(kind)
         try:
             whole = json.loads(text)
             found = whole if isinstance(whole, list) else [whole]
         except ValueError:
-            found = [value for line in text.splitlines() if line.startswith("{") and (value := parse(line)) is not None]
+            found = [parse(line) for line in text.splitlines() if line.startswith("{")]
         found = [value for value in found if isinstance(value, dict)]
         if not found:
             raise ValueError(f"no JSON, but {one_line(text, 200) or 'nothing'}")
         return found
+
+    def last_error(self) -> dict[str, Json]:
+        """The object with an `error` that some CLIs end standard error with, after whatever else is there."""
+        text = self.text("err", 100_000)
+        for start in reversed([found.start(1) for found in re.finditer(r"^(?:\[ERROR\] )?(\{)", text, re.MULTILINE)]):
+            with suppress(ValueError):
+                value, _ = json.JSONDecoder().raw_decode(text, start)
+                if "error" in value:
+                    return dict(value["error"])
+        raise ValueError(f"no JSON, but {one_line(text[-200:]) or 'nothing'}")
 
 
 def parse(line: str) -> Json:
@@ -75,6 +90,15 @@ def number(value: Json, *path: str) -> int | None:
     return int(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
+def total(values: list[Json], *path: str) -> int | None:
+    """The sum of a number over several objects; None where none has it."""
+    return reduce(plus, (number(value, *path) for value in values), None)
+
+
+def count_dollars(values: list[Json], *path: str) -> float | None:
+    return reduce(plus, (dollars(value, *path) for value in values), None)
+
+
 def string(value: Json, *path: str) -> str:
     found = dig(value, *path)
     return found if isinstance(found, str) else ""
@@ -91,7 +115,7 @@ def dollars(value: Json, *path: str) -> float | None:
 
 def read_text(output: Output) -> Answer:
     """Any command: the answer is its output, and what it cost it does not say."""
-    return Answer(tail(output.out, 20_000))
+    return Answer(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text(size=20_000)))
 
 
 def read_claude(output: Output) -> Answer:
@@ -126,9 +150,102 @@ def read_codex(output: Output) -> Answer:
             case {"type": "item.completed", "item": {"type": "agent_message", "text": str(said)}}:
                 text = said
     return Answer(
-        text=text, error=(error or "no reason given") if failed or usage is None else "",
+        text=text, error=(error or SILENT) if failed or usage is None else "",
         tokens_in=number(usage, "input_tokens"), tokens_cached=number(usage, "cached_input_tokens"),
         tokens_out=number(usage, "output_tokens"),
+    )  # fmt: skip
+
+
+def read_gemini(output: Output) -> Answer:
+    """One object; where it failed, standard output is empty and standard error ends with another."""
+    if not output.text().strip():
+        error = output.last_error()
+        status = number(error, "code")
+        return Answer(error=string(error, "message") or SILENT, status=status if (status or 0) > 99 else None)
+    (whole,) = output.objects()[-1:]
+    models = dig(whole, "stats", "models") or {}
+    count = partial(total, list(models.values()))
+    return Answer(
+        text=string(whole, "response"), tokens_in=count("tokens", "prompt"), tokens_cached=count("tokens", "cached"),
+        tokens_out=plus(count("tokens", "candidates"), count("tokens", "thoughts")),
+        turns=count("api", "totalRequests"), model=", ".join(models) or None,
+    )  # fmt: skip
+
+
+def read_opencode(output: Output) -> Answer:
+    """Events, a line each. Tokens in leave out what came from a cache."""
+    events = output.objects()
+    steps = [event.get("part") for event in events if event.get("type") == "step_finish"]
+    texts = [string(event, "part", "text") for event in events if event.get("type") == "text"]
+    errors = [event.get("error") for event in events if event.get("type") == "error"]
+    error = errors[-1] if errors else None
+    count = partial(total, steps)
+    cached = count("tokens", "cache", "read")
+    return Answer(
+        text=texts[-1] if texts else "", error=(string(error, "data", "message") or SILENT) if error else "",
+        status=number(error, "data", "statusCode"), cost_usd=count_dollars(steps, "cost"), tokens_cached=cached,
+        tokens_in=plus(plus(count("tokens", "input"), count("tokens", "cache", "write")), cached),
+        tokens_out=plus(count("tokens", "output"), count("tokens", "reasoning")), turns=len(steps) or None,
+    )  # fmt: skip
+
+
+def read_qwen(output: Output) -> Answer:
+    """Claude Code's format with another place for the error; at a limit, an object on standard error alone."""
+    if not output.text().strip():
+        return Answer(error=string(output.last_error(), "message") or SILENT)
+    answer, last = read_claude(output), output.objects()[-1]
+    # tokens in include those from a cache
+    return replace(answer, tokens_in=number(last, "usage", "input_tokens"), error=string(last, "error", "message"))
+
+
+def read_pi(output: Output) -> Answer:
+    """Events, a line each; what counts are the messages that ended. Exit code 0 says nothing."""
+    ended = [event.get("message") for event in output.objects() if event.get("type") == "message_end"]
+    answers = [message for message in ended if dig(message, "role") == "assistant"]
+    if not answers:
+        raise ValueError("no answer")
+    last = answers[-1]
+    error = string(last, "errorMessage") if string(last, "stopReason") == "error" else ""
+    status = re.match(r"(\d{3}):", error)
+    texts = [string(part, "text") for part in dig(last, "content") or [] if dig(part, "type") == "text"]
+    count = partial(total, answers)
+    cached = count("usage", "cacheRead")
+    return Answer(
+        text="\n\n".join(texts), error=error, status=int(status[1]) if status else None, turns=len(answers),
+        cost_usd=count_dollars(answers, "usage", "cost", "total"), tokens_out=count("usage", "output"),
+        tokens_cached=cached,
+        tokens_in=plus(plus(count("usage", "input"), count("usage", "cacheWrite")), cached),
+    )  # fmt: skip
+
+
+def read_aider(output: Output) -> Answer:
+    """The log of its requests has the cost, the history of the model the words. A cost of 0 is one it does not know."""
+    sent = [e.get("properties") for e in output.objects("analytics.jsonl") if e.get("event") == "message_send"]
+    said = output.text("llm.txt").rpartition("LLM RESPONSE")[2]
+    answer = "\n".join(line.removeprefix("ASSISTANT ") for line in said.splitlines() if line.startswith("ASSISTANT"))
+    errors = re.findall(r"^(?:litellm\.\w+: )+.*$", output.text(size=20_000), re.MULTILINE)
+    return Answer(
+        text=answer, error="" if sent else (errors[-1] if errors else "it sent nothing"), turns=len(sent) or None,
+        cost_usd=count_dollars(sent, "cost") or None, tokens_in=total(sent, "prompt_tokens"),
+        tokens_out=total(sent, "completion_tokens"),
+    )  # fmt: skip
+
+
+def read_mini(output: Output) -> Answer:
+    """A file with the whole course; a price that is not known counts as 0 there."""
+    (course,) = output.objects("traj.json")[-1:]
+    messages = course.get("messages") or []
+    asked = [message for message in messages if dig(message, "role") == "assistant"]
+    status, count = string(course, "info", "exit_status"), partial(total, asked)
+    why = string(messages[-1] if messages else None, "extra", "exception_str") or string(messages[-1:], "content")
+    return Answer(
+        text=string(course, "info", "submission").strip() or (string(asked[-1], "content") if asked else ""),
+        error="" if status == "Submitted" else f"{status}: {why}",
+        turns=number(course, "info", "model_stats", "api_calls"),
+        cost_usd=dollars(course, "info", "model_stats", "instance_cost") or None,
+        tokens_in=count("extra", "response", "usage", "prompt_tokens"),
+        tokens_cached=count("extra", "response", "usage", "prompt_tokens_details", "cached_tokens"),
+        tokens_out=count("extra", "response", "usage", "completion_tokens"),
     )  # fmt: skip
 
 
@@ -137,11 +254,12 @@ def read_codex(output: Output) -> Answer:
 
 RETRY_IN = re.compile(r"(?:retry|try again) in ([\d.]+) ?s", re.I)
 LIMIT = re.compile(r"hit your .{0,20}limit|usage limit|limit reached|limits? will reset", re.I)
+EXHAUSTED = re.compile(r"credit balance|insufficient.{0,3}(quota|credit|balance)", re.I)
 HOPELESS = re.compile(
     r"not logged in|log ?in again|/login|authenticat|unauthorized|forbidden|invalid.{0,12}api.?key|incorrect api key"
-    r"|api.?key.{0,20}(not valid|not found|missing|required)|credit balance|insufficient.{0,3}(quota|credit|balance)"
-    r"|billing details|model.{0,80}(not exist|not found|not supported)|(unknown|invalid|no such) model"
-    r"|issue with the selected model|unknown (option|argument)|unexpected argument|unrecognized argument",
+    r"|api.?key.{0,20}(not valid|not found|missing|required)|no api key|billing details"
+    r"|model.{0,80}(not exist|not found|not supported)|(unknown|invalid|no such) model|issue with the selected model"
+    r"|unknown (option|argument)|unexpected argument|unrecognized argument",
     re.I,
 )
 BUSY = re.compile(
@@ -161,7 +279,7 @@ def classify(error: str, status: int | None, now: datetime) -> Trouble:
         return Busy(why, now + timedelta(seconds=float(found[1]) + 1))
     if LIMIT.search(error):
         return Busy(why, read_reset(error, now))
-    if status in (401, 402, 403, 404) or HOPELESS.search(error):
+    if EXHAUSTED.search(error) or status in (401, 402, 403, 404) or (status != 429 and HOPELESS.search(error)):
         return Hopeless(why)
     if status in (408, 409, 425, 429) or (status or 0) >= 500 or BUSY.search(error):
         return Busy(why)

@@ -184,8 +184,8 @@ def read_summary(log: str, budget: float) -> Summary:
     summary = Summary(**values)  # type: ignore[arg-type]
     if summary.val_bpb <= 0:
         raise ValueError(f"val_bpb is {summary.val_bpb:g}, and no text is that easy")
-    # the clock is read between steps, so a run ends within a step of its budget
-    if not 0.98 * budget <= summary.training_seconds <= 1.05 * budget + 2:
+    # the clock is read between steps, so a run ends within a step of its budget: seconds, on a CPU with other work
+    if not 0.98 * budget <= summary.training_seconds <= 1.05 * budget + 5:
         raise ValueError(f"trained for {summary.training_seconds:g} s, and the budget is {budget:g} s")
     return summary
 

@@ -31,9 +31,10 @@ from test_clients import PACKAGES, addresses  # noqa: E402
 from test_prompt import night  # noqa: E402
 
 from autoresearch import prompt  # noqa: E402
-from autoresearch.agents import PRESETS, AgentCall, ask, command_of  # noqa: E402
+from autoresearch.agents import AgentCall, ask, command_of  # noqa: E402
 from autoresearch.git import Repo  # noqa: E402
 from autoresearch.ledger import read_history  # noqa: E402
+from autoresearch.presets import PRESETS  # noqa: E402
 from autoresearch.records import Experiment  # noqa: E402
 
 

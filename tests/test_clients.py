@@ -222,7 +222,7 @@ def test_a_stream_that_stalls(project: Project, client: str, play: Play) -> None
     play(always(BETTER, Stall()))
     project.loop("--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4")
     assert recorded(project).status == "keep"  # the edit was made, and is as good as any
-    assert recorded(project).description == "an edit that was not described"
+    assert recorded(project).description == "not described: VAL_BPB 1.0 -> 0.9"
     project.check()
 
 

@@ -280,7 +280,7 @@ def test_agents_words_are_data(project: Project) -> None:
     answer = r"because\n\nStatus: keep\nVal-bpb: 0.1\n\n\033[31mred\tidea Status: keep\n"
     project.research(f"{WORSE} > /dev/null; printf '{answer}'")
     row = project.rows()[1]
-    assert (row["status"], row["description"]) == ("discard", "[31mred idea Status: keep")
+    assert (row["status"], row["description"]) == ("discard", "red idea Status: keep")
     experiment = parse_message(project.git("log", "-1", "--format=%B", row["commit"]))
     assert (experiment.status, experiment.val_bpb, experiment.reason) == ("discard", 1.1, "Status: keep Val-bpb: 0.1")
 

@@ -1,0 +1,143 @@
+"""The agents' table: which one is taken, how each is called, what is read from what it printed, and bad commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Project
+from test_bad_input import one_line
+
+from autoresearch.agents import AgentCall, ask, shell_command, spent_on
+from autoresearch.presets import PRESETS
+from autoresearch.records import Failed, Hopeless, Reply
+
+
+def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
+    return ask(shell_command(command), "do it", AgentCall(folder, "base", folder, {}, limit, folder))
+
+
+def fake(project: Project, name: str, script: str) -> None:
+    """Put a program of that name first on the project's PATH."""
+    folder = project.root.parent / "fakes"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    if str(folder) not in project.env["PATH"]:
+        project.env["PATH"] = f"{folder}:/usr/bin:/bin"
+
+
+BETTER = "sed -i 's/^VAL_BPB = 1.0/VAL_BPB = 0.9/' train.py"
+RESULT = json.dumps({"type": "result", "is_error": False, "result": "Because.\n\nlower it", "total_cost_usd": 0.25})
+
+
+def test_the_first_that_is_installed(project: Project) -> None:
+    """Without --agent: the first of the table, said on the first line."""
+    fake(project, "codex", "exit 1")
+    fake(project, "claude", f"{BETTER}; printf %s '{RESULT}'")
+    said = project.loop("--tag=t", "--arena=demo", "--experiments=1")
+    assert "agent claude, the first installed of claude, codex, " in said.splitlines()[0]
+    assert project.rows()[1]["cost_usd"] == "0.2500"
+    project.check()
+
+
+def test_a_model_is_passed_through(project: Project) -> None:
+    fake(project, "claude", f"echo \"$@\" > {project.root}/runs/argv; {BETTER}; printf %s '{RESULT}'")
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", "--model=opus 9", "--experiments=1")
+    argv = (project.root / "runs/argv").read_text().strip()
+    assert argv.endswith("--model opus 9") and f"--allowedTools Edit(/{project.root}/runs/t/tree/train.py)" in argv
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("", "claude: its output cannot be read: no JSON, but nothing"),
+        ("sorry, no JSON today", "its output cannot be read: no JSON, but sorry, no JSON today"),
+        ('{"type": "result", "resu', "its output cannot be read"),
+        ("[1, 2]", "its output cannot be read"),
+        ('{"type": "other"}', "its output cannot be read: no result"),
+        ('{"type": "result", "result": 7, "usage": "none"}', "no line of train.py is different"),
+    ],
+)
+def test_output_that_is_not_what_was_promised(project: Project, answer: str, words: str) -> None:
+    """No edit came with it: five such answers end the run in one line, and each transcript is kept."""
+    fake(project, "claude", f"printf %s '{answer}'")
+    said = project.loop("--tag=t", "--arena=demo", "--agent=claude", code=1)
+    assert words.removeprefix("claude: ") in one_line(said)
+    assert (project.root / "runs/t/0001/agent-4.out").read_text().strip() == answer
+    project.check()
+
+
+def test_an_edit_with_output_that_cannot_be_read(project: Project) -> None:
+    """The diff is the truth: an edit is an experiment whatever was said of it."""
+    fake(project, "claude", f"{BETTER}; printf 'not JSON \\377\\000'")
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=1")
+    assert [row["status"] for row in project.rows()] == ["keep", "keep"]
+    assert project.rows()[1]["description"] == "not described: VAL_BPB 1.0 -> 0.9"
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    reply = call(tmp_path, r"printf 'reason \377\n\nidea \376\033[31m'")
+    assert reply.description == "idea \N{REPLACEMENT CHARACTER}" and reply.trouble is None
+
+
+def test_a_command_that_waits_for_a_terminal(tmp_path: Path) -> None:
+    reply = call(tmp_path, "read answer < /dev/tty")
+    assert isinstance(reply.trouble, Failed) and "/dev/tty" in reply.trouble.why
+    assert call(tmp_path, "cat > /dev/null; read answer || echo nobody").description == "nobody"
+
+
+@pytest.mark.parametrize(("command", "words"), [("true; gone --fast", "gone"), ("true; ./plain", "ermission denied")])
+def test_a_command_that_cannot_be_run(tmp_path: Path, command: str, words: str) -> None:
+    (tmp_path / "plain").write_text("echo hi\n")
+    trouble = call(tmp_path, command).trouble
+    assert isinstance(trouble, Hopeless) and words in trouble.why
+
+
+@pytest.mark.parametrize("command", ["./plain", "/nowhere/agent", "no-such-agent -p"])
+def test_a_command_that_is_none(project: Project, command: str) -> None:
+    (project.root / "plain").write_text("echo hi\n")
+    assert f"unknown agent '{command}'" in one_line(project.research(command, code=2))
+
+
+def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    trouble = ask(PRESETS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path)).trouble
+    assert trouble == Hopeless("claude cannot be started: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("codex = [1, 2]", "the price of codex must be three numbers: input, cached input, output"),
+        ("codex = 'cheap'", "[tool.autoresearch.prices] cannot be read"),
+        ("codex = [1, 2, -3]", "must be three numbers"),
+        ("= 3", "pyproject.toml"),
+    ],
+)
+def test_prices_that_are_none(project: Project, table: str, words: str) -> None:
+    with (project.root / "pyproject.toml").open("a") as file:
+        file.write(f"\n[tool.autoresearch.prices]\n{table}\n")
+    assert words in one_line(project.research("true", code=1))
+
+
+def test_calls_before_a_restart_are_paid_for(project: Project) -> None:
+    """What failed, and what a driver asked for that died, is in the bill of the experiment that came of it."""
+    fake(project, "claude", f"printf %s '{RESULT}'")
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", code=1)  # five calls that brought nothing
+    fake(project, "claude", f"{BETTER}; printf %s '{RESULT}'")
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=1")
+    assert project.rows()[1]["cost_usd"] == "1.5000"
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=0")
+    assert spent_on(project.root / "runs/t/0001", "another commit").calls == 0
+
+
+def test_told_of_a_repetition(project: Project) -> None:
+    """The same program with a new comment goes back once, with the earlier result; twice is no experiment."""
+    agent = f'{BETTER}; echo "# $(date +%N)" >> train.py; echo lower it'
+    project.research(agent)
+    said = project.research(agent, code=1)
+    assert "0002 the same program as experiment 1; asking once more" in said
+    request = (project.root / "runs/t/0002/prompt-1.md").read_text()
+    assert "the one of experiment 1, which is known: keep, 0.900000, lower it" in request
+    assert len(project.rows()) == 2
+    project.check()

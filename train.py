@@ -567,16 +567,26 @@ def refuse_machine():
         raise SystemExit(f"error: the {card}, and train.py needs 8.0 or newer; {instead}")
 
 
+def sizes():
+    """Each constant that can fit badly, whether it fits, and what it must be; what comes later relies on what came."""
+    for name in ("DEPTH", "HEADS", "HEAD_DIM", "BATCH", "MICRO_BATCH", "TABLE_ROWS", "MLP_RATIO", "GATE_CHANNELS",
+                 "MOMENTUM_STEPS", "LOSS_CHUNK"):
+        yield name, type(globals()[name]) is int and globals()[name] >= 1, "a whole number, at least 1"
+    yield "HEAD_DIM", HEAD_DIM % 8 == 0, "a multiple of 8, which attention kernels need"
+    yield "BATCH", BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
+    yield "MICRO_BATCH", MICRO_BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
+    yield "MICRO_BATCH", BATCH % min(BATCH, MICRO_BATCH) == 0, f"a divisor of {BATCH}, the BATCH"
+    yield "GATE_CHANNELS", GATE_CHANNELS <= WIDTH, f"at most {WIDTH}, the model's width"
+    ngrams = type(NGRAMS) is tuple and all(type(n) is int and n >= 1 for n in NGRAMS)
+    yield "NGRAMS", ngrams, "a tuple of whole numbers, at least 1, as in (2, 3), (2,) or ()"
+    yield "WINDOWS", type(WINDOWS) is str and WINDOWS and set(WINDOWS) <= set("SL"), "letters S and L, at least one"
+
+
 def refuse_sizes():
-    """End with one line that names the constant which does not divide."""
-    for name, divisor, meaning in (
-        ("DEPTH", 1, ""), ("HEADS", 1, ""), ("MLP_RATIO", 1, ""), ("TABLE_ROWS", 1, ""), ("LOSS_CHUNK", 1, ""),
-        ("HEAD_DIM", 8, ", which attention kernels need"),
-        ("BATCH", T, ", the tokens in a row"), ("MICRO_BATCH", T, ", the tokens in a row"),
-        ("BATCH", min(BATCH, MICRO_BATCH), ", the MICRO_BATCH"),
-    ):
-        if (value := globals()[name]) < 1 or value % divisor:
-            raise SystemExit(f"error: {name} is {value}, and must be a multiple of {divisor}{meaning}")
+    """End with one line that names the constant which does not fit."""
+    for name, fits, must in sizes():
+        if not fits:
+            raise SystemExit(f"error: {name} is {globals()[name]!r}, and must be {must}")
 
 
 def check(loss):

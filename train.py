@@ -1,8 +1,11 @@
 """
 Train a GPT for the arena's fixed wall-clock budget and have it scored. The only file an experiment edits.
 
-    uv run train.py                                 one NVIDIA GPU from 8 GB up: bfloat16, compiled
+    uv run train.py                                 an NVIDIA GPU: bfloat16, compiled
     AUTORESEARCH_ARENA=demo uv run train.py         any CPU: float32, a small model
+
+loop.py makes the arena that it needs, and so does `uv run prepare.py --arena NAME`. It is written for GPUs of compute
+capability 8.0 or newer with 8 GB or more, and has not been run on one yet.
 
 One file, top to bottom: constants, attention, model, loss, optimizers, training. prepare.py owns the data, the clock
 and the score.
@@ -631,6 +634,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     if DEVICE == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
+    loader = TrainLoader(BATCH // T, DEVICE)    # which tells when the arena is missing; no batch yet, and no clock
     print(textwrap.fill(settings(), 120), flush=True)
     start = time.perf_counter()
     model = GPT()
@@ -642,7 +646,6 @@ def main():
     gc.collect()
     gc.freeze()     # a collection in the middle of the run would stall it
     gc.disable()
-    loader = TrainLoader(BATCH // T, DEVICE)
     flops = train(model, optimizers, loader, micro_rows)
     gc.unfreeze()
     gc.enable()

@@ -1,8 +1,11 @@
 """
 Train a GPT for the arena's fixed wall-clock budget and have it scored. The only file an experiment edits.
 
-    uv run train.py                                 one NVIDIA GPU from 8 GB up: bfloat16, compiled
+    uv run train.py                                 an NVIDIA GPU: bfloat16, compiled
     AUTORESEARCH_ARENA=demo uv run train.py         any CPU: float32, a small model
+
+loop.py makes the arena that it needs, and so does `uv run prepare.py --arena NAME`. It is written for GPUs of compute
+capability 8.0 or newer with 8 GB or more, and has not been run on one yet.
 
 One file, top to bottom: constants, attention, model, loss, optimizers, training. prepare.py owns the data, the clock
 and the score.
@@ -37,9 +40,22 @@ def pick(*by_card):
     return by_card[1 + sum(memory > limit for limit in (9, 13, 25, 49))]
 
 
+_compiled = {}
+
+
+def compiled(function):
+    """The function itself on a CPU, its compiled form on a GPU; compiled once."""
+    if DEVICE == "cpu":
+        return function
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=False)
+    return _compiled[function]
+
+
 # -----------------------------------------------------------------------------
-# Constants, to be edited in place. docs/notebook.md says where each comes from.
-# [a, b] is the range that the offline agent searches.
+# Constants, to be edited in place. docs/notebook.md says where each comes from, as far as that is known.
+# [a, b] is the range that the offline agent searches. Rates "at width 768" are used times (WIDTH / 768) ** -0.5, and
+# stand here and in the log without it.
 
 #                    CPU    8 GB   12 GB  24 GB  48 GB  80 GB
 DEPTH         = pick(2,     4,     6,     6,     6,     6)       # [1, 16] layers
@@ -201,7 +217,7 @@ class NgramTables(nn.Module):
             before = F.pad(ngram[-1][:, :-1], (1, 0), value=ARENA.bos)
             ngram.append(torch.where(ngram[-1] == ARENA.bos, ARENA.bos, before))
         hashed = sum(token[..., None] * factor for token, factor in zip(ngram, self.factors.unbind(1), strict=True))
-        return (hashed >> 20) % self.rows + self.offsets
+        return (hashed >> 20) % self.rows + self.offsets    # low bits come of the factors' low bits alone
 
     def forward(self, index):
         """The rows themselves, (B, T, layers, len(NGRAMS), WIDTH)."""
@@ -361,6 +377,7 @@ def orthogonalize(matrices):
     x = matrices.to(DTYPE)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
+    # the polynomials need singular values of at most 1, and in bfloat16 the norm may come out short: a margin
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
@@ -369,7 +386,8 @@ def orthogonalize(matrices):
 
 
 def uneven(matrices):
-    """The dimension along which semi-orthogonal matrices (N, rows, columns) have vectors of unequal length."""
+    """Of semi-orthogonal matrices (N, rows, columns), the dimension to average over: the rows of tall ones differ in
+    length, and the columns of wide ones."""
     return 2 if matrices.size(1) >= matrices.size(2) else 1
 
 
@@ -377,11 +395,13 @@ def muon_update(weights, grads, momenta, squares, lr, momentum, decay):
     """Step a stack (N, rows, columns) in place."""
     momenta.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momenta, momentum)).float()
-    # NorMuon (arXiv 2510.05491): even out the vectors along the longer side, whose lengths differ, and keep the whole's
+    # NorMuon (arXiv 2510.05491): even out the vectors along the longer side, whose lengths differ, and keep
+    # the size of the whole; a factor that all share is lost in that, so the moment needs no bias correction
     size = update.norm(dim=(1, 2), keepdim=True)
     squares.lerp_(update.square().mean(uneven(update), keepdim=True), 1 - MUON_BETA2)
     update = update / (squares.sqrt() + 1e-10)
     update = update * (size / (update.norm(dim=(1, 2), keepdim=True) + 1e-10))
+    # a tall matrix spreads its step over more outputs: each of them should move as far as those of a square one
     lr = lr * max(1.0, weights.size(1) / weights.size(2)) ** 0.5
     cautious = (update * weights) > 0       # decay only where the step shrinks the weight too (arXiv 2510.12402)
     weights.sub_(lr * (update + decay * weights * cautious))
@@ -493,16 +513,6 @@ def schedule(optimizers, step, progress):
 # Training
 
 LAG = 0 if DEVICE == "cpu" else 2     # steps until a loss is on the host: the loader lets the CPU run that far ahead
-_compiled = {}
-
-
-def compiled(function):
-    """The function itself on a CPU, its compiled form on a GPU; compiled once."""
-    if DEVICE == "cpu":
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=False)
-    return _compiled[function]
 
 
 def train_step(model, optimizers, x, y, micro_rows):
@@ -524,7 +534,8 @@ def train_step(model, optimizers, x, y, micro_rows):
 
 
 def warm_up(model, micro_rows):
-    """Compile and run everything once on random tokens, then start again from the seed: the clock has not started yet.
+    """Run everything once on random tokens, which on a GPU compiles it, then start again from the seed: the clock has
+    not started yet.
 
     Returns the rows of a micro-batch that memory allows: they are halved until a step fits.
     """
@@ -559,16 +570,26 @@ def refuse_machine():
         raise SystemExit(f"error: the {card}, and train.py needs 8.0 or newer; {instead}")
 
 
+def sizes():
+    """Each constant that can fit badly, whether it fits, and what it must be; what comes later relies on what came."""
+    for name in ("DEPTH", "HEADS", "HEAD_DIM", "BATCH", "MICRO_BATCH", "TABLE_ROWS", "MLP_RATIO", "GATE_CHANNELS",
+                 "MOMENTUM_STEPS", "LOSS_CHUNK"):
+        yield name, type(globals()[name]) is int and globals()[name] >= 1, "a whole number, at least 1"
+    yield "HEAD_DIM", HEAD_DIM % 8 == 0, "a multiple of 8, which attention kernels need"
+    yield "BATCH", BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
+    yield "MICRO_BATCH", MICRO_BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
+    yield "MICRO_BATCH", BATCH % min(BATCH, MICRO_BATCH) == 0, f"a divisor of {BATCH}, the BATCH"
+    yield "GATE_CHANNELS", GATE_CHANNELS <= WIDTH, f"at most {WIDTH}, the model's width"
+    ngrams = type(NGRAMS) is tuple and all(type(n) is int and n >= 1 for n in NGRAMS)
+    yield "NGRAMS", ngrams, "a tuple of whole numbers, at least 1, as in (2, 3), (2,) or ()"
+    yield "WINDOWS", type(WINDOWS) is str and WINDOWS and set(WINDOWS) <= set("SL"), "letters S and L, at least one"
+
+
 def refuse_sizes():
-    """End with one line that names the constant which does not divide."""
-    for name, divisor, meaning in (
-        ("DEPTH", 1, ""), ("HEADS", 1, ""), ("MLP_RATIO", 1, ""), ("TABLE_ROWS", 1, ""), ("LOSS_CHUNK", 1, ""),
-        ("HEAD_DIM", 8, ", which attention kernels need"),
-        ("BATCH", T, ", the tokens in a row"), ("MICRO_BATCH", T, ", the tokens in a row"),
-        ("BATCH", min(BATCH, MICRO_BATCH), ", the MICRO_BATCH"),
-    ):
-        if (value := globals()[name]) < 1 or value % divisor:
-            raise SystemExit(f"error: {name} is {value}, and must be a multiple of {divisor}{meaning}")
+    """End with one line that names the constant which does not fit."""
+    for name, fits, must in sizes():
+        if not fits:
+            raise SystemExit(f"error: {name} is {globals()[name]!r}, and must be {must}")
 
 
 def check(loss):
@@ -613,6 +634,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     if DEVICE == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
+    loader = TrainLoader(BATCH // T, DEVICE)    # which tells when the arena is missing; no batch yet, and no clock
     print(textwrap.fill(settings(), 120), flush=True)
     start = time.perf_counter()
     model = GPT()
@@ -620,11 +642,10 @@ def main():
     optimizers, compile_seconds = make_optimizers(model), time.perf_counter() - start
     size, tables = sum(p.numel() for p in model.parameters()), model.tables.weight.numel()
     print(f"{size:,} parameters, {tables:,} of them in n-gram tables; attention {ATTENTION}; "
-          f"{BATCH // T} rows a step, {micro_rows} at a time; compiled in {compile_seconds:.1f} s", flush=True)
+          f"{BATCH // T} rows a step, {micro_rows} at a time; warmed up in {compile_seconds:.1f} s", flush=True)
     gc.collect()
     gc.freeze()     # a collection in the middle of the run would stall it
     gc.disable()
-    loader = TrainLoader(BATCH // T, DEVICE)
     flops = train(model, optimizers, loader, micro_rows)
     gc.unfreeze()
     gc.enable()

@@ -6,12 +6,14 @@ train.py as it stands beside `reference`: upstream's published shape and rates, 
     uv run benchmarks/train_bench.py --try 'MLP_SHIFT=0.0' --try 'DEPTH=9 HEADS=4'
 
 Each column is train.py with some of its constants replaced, run as a process of its own on the same arena and seed,
-one after the other. Without a GPU it is the demo arena, and each column gets the same number of tokens instead of the
-same time: what is compared is how much it learns. --jobs runs several at a time with one thread each, to screen ideas;
-their times then mean nothing.
+one after the other; a column that fails is left out, and the reason told. Without a GPU it is the demo arena, and each
+column gets the same number of tokens instead of the same time, unless --budget gives one: what is compared is how much
+it learns. --jobs runs several at a time with one thread each, to screen ideas; their times then mean nothing.
 """
 
 import argparse
+import ast
+import math
 import os
 import re
 import runpy
@@ -19,16 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU_TOKENS = 2**20
+FEW_TOKENS = 2**18  # below it a column shows that it runs, and no more
 
 # karpathy/autoresearch, train.py as published: 8 layers x 512, no n-gram tables, attention across documents
 REFERENCE = {
@@ -45,44 +51,68 @@ ROWS = ("val_bpb", "tokens/s", "mfu_percent", "num_steps", "total_tokens_M", "nu
         "startup_seconds", "compile_seconds", "training_seconds", "evaluation_seconds", "total_seconds")  # fmt: skip
 
 
+def constants_of(source: str) -> set[str]:
+    """The constants of a program: what it sets in one line, by `pick` or not, and does not compute from other names."""
+    found = set()
+    for node in ast.parse(source).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], lineno=first, end_lineno=last) if name.isupper():
+                if first == last and {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} <= {"pick"}:
+                    found.add(name)
+    return found
+
+
 def with_constants(source: str, constants: dict[str, str]) -> str:
     """The program with some of its constants replaced."""
+    assert constants.keys() <= constants_of(source)
     for name, value in constants.items():
-        source, found = re.subn(rf"^{name}(\s*)= .*$", rf"{name}\1= {value}", source, flags=re.MULTILINE)
-        if found != 1:
-            raise SystemExit(f"error: train.py has {found} constants {name}")
+        line = re.search(rf"^{name}\s*= .*$", source, re.MULTILINE)
+        assert line, name
+        source = source[: line.start()] + f"{name} = {value}" + source[line.end() :]
     return source
 
 
-def variant(text: str) -> dict[str, str]:
-    """The constants of `NAME=VALUE NAME=VALUE`, where no value holds a space."""
-    if not all(re.fullmatch(r"[A-Z_0-9]+=\S+", pair) for pair in text.split()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'NAME=VALUE NAME=VALUE'")
-    constants = dict(pair.split("=", 1) for pair in text.split())
-    with_constants((ROOT / "train.py").read_text(), constants)
-    return constants
-
-
-def measure(constants: dict[str, str], seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Run train.py with these constants and return the figures of its summary block."""
+def measure(constants: dict[str, str], seed: int, options: argparse.Namespace) -> dict[str, float] | str:
+    """Run train.py with these constants. Returns the figures of its summary block, or why there are none, in a line."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "train.py"
         program.write_text(with_constants((ROOT / "train.py").read_text(), constants))
-        limits = ["--budget", str(options.budget), "--tokens", str(options.tokens)]
+        limit = ["--tokens", str(options.tokens)] if options.tokens else []
+        limit += ["--budget", str(options.budget)] if options.budget else []
         env = os.environ | {"AUTORESEARCH_ARENA": options.arena, "AUTORESEARCH_SEED": str(seed)}
         if options.jobs > 1:
             env |= {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, __file__, "--run", str(program), *limits], env=env, capture_output=True, text=True
+            [sys.executable, __file__, "--run", str(program), *limit], env=env, capture_output=True, text=True
         )
     if done.returncode:
-        raise SystemExit(f"{constants} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        said = done.stderr.strip() or done.stdout.strip() or "it said nothing"
+        return f"ended with {done.returncode}: {said.splitlines()[-1]}"
     block = re.findall(r"^(\w+): +([\d.]+)$", done.stdout.rpartition("---")[2], re.MULTILINE)
     figures = {name: float(value) for name, value in block}
-    return figures | {"tokens/s": figures["total_tokens_M"] * 1e6 / figures["training_seconds"]}
+    if "val_bpb" not in figures:
+        return "it printed no summary"
+    if seconds := figures["training_seconds"]:  # of a single step they are 0.0
+        figures["tokens/s"] = figures["total_tokens_M"] * 1e6 / seconds
+    return figures
 
 
-def run(program: Path, budget: float, tokens: int) -> None:
+def measure_all(variants: dict[str, dict[str, str]], options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Figures of the variants that finished with every seed. Tells of each run, also of one that failed."""
+    jobs = [(name, seed) for seed in options.seeds for name in variants]
+    columns: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = pool.map(lambda job: measure(variants[job[0]], job[1], options), jobs)
+        for (name, seed), figures in zip(jobs, done, strict=True):
+            if isinstance(figures, str):
+                print(f"error: {name}, seed {seed}: {figures}", file=sys.stderr, flush=True)
+                continue
+            print(f"{name}, seed {seed}: val_bpb {figures['val_bpb']:.4f}", file=sys.stderr, flush=True)
+            columns[name].append(figures)
+    return {name: runs for name, runs in columns.items() if len(runs) == len(options.seeds)}
+
+
+def run(program: Path, budget: float | None, tokens: int | None) -> None:
     """In a process of its own: train.py for another budget, or for a number of tokens."""
     sys.path.insert(0, str(ROOT))
     import prepare
@@ -127,34 +157,94 @@ def show(columns: dict[str, list[dict[str, float]]], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def main() -> None:
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help tells more\n")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least {least}")
+        return int(text)
+
+    return number
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def variant(text: str) -> dict[str, str]:
+    """The constants of `NAME=VALUE NAME=VALUE`, where no value holds a space."""
+    pairs = text.split()
+    if not pairs or not all(re.fullmatch(r"[A-Z_0-9]+=\S+", pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'NAME=VALUE NAME=VALUE', values without blanks")
+    constants = dict(pair.split("=", 1) for pair in pairs)
+    if absent := constants.keys() - constants_of((ROOT / "train.py").read_text()):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(absent))}: no such constant at the top of train.py")
+    return constants
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arena", default="climbmix" if gpu else "demo")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--budget", type=float, default=0.0, help="seconds of training (default: the arena's)")
-    parser.add_argument("--tokens", type=int, default=0 if gpu else 2**20, help="train for so many tokens instead")
-    parser.add_argument("--try", dest="tries", action="append", default=[], type=variant, metavar="'NAME=VALUE ...'")
-    parser.add_argument("--no-reference", action="store_true", help="leave the column `reference` out")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, arena = parser.add_argument, "climbmix" if gpu else "demo"
+    add("--arena", default=arena, help=f"what to train on; without a GPU only demo (default: {arena})")
+    add("--seeds", type=whole(0), nargs="+", default=[42], metavar="S", help="each column runs with each (default: 42)")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--budget", type=positive, metavar="S", help="seconds of training (default: the arena's)")
+    few = f"tokens of training, whatever the time (default: {CPU_TOKENS:,} in demo, else the budget counts)"
+    limit.add_argument("--tokens", type=whole(1), metavar="N", help=few)
+    add("--try", dest="tries", action="append", default=[], type=variant, metavar="'NAME=VALUE ...'",
+        help="a column with these constants; may be given again (default: none)")  # fmt: skip
+    add("--no-reference", action="store_true", help="leave the column `reference` out (default: it comes first)")
+    add("--jobs", type=whole(1), default=1, metavar="N", help="how many run at a time (default: 1)")
+    add("--run", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.run:
+        return options
+    absent = REFERENCE.keys() - constants_of((ROOT / "train.py").read_text())
+    if absent and not options.no_reference:
+        parser.error(f"train.py has lost {', '.join(sorted(absent))}, which `reference` sets: add --no-reference")
+    if not gpu and options.arena != "demo":
+        parser.error(f"no NVIDIA GPU found, and only the arena demo runs without one, not {options.arena}")
+    if options.arena == "demo" and not options.budget:
+        options.tokens = options.tokens or CPU_TOKENS
+    return options
+
+
+def title(options: argparse.Namespace) -> str:
+    machine = "CPU" if options.arena == "demo" else torch.cuda.get_device_name()
+    budget = f"{options.budget:g} s" if options.budget else "the arena's budget"
+    each = f"{options.tokens:,} tokens" if options.tokens else budget
+    return f"{options.arena}, {each} each, seeds {options.seeds}, {machine}, torch {torch.__version__}"
+
+
+def main() -> None:
+    options = parse()
     if options.run:
         run(options.run, options.budget, options.tokens)
         return
     variants = {} if options.no_reference else {"reference": REFERENCE}
     variants |= {"train.py": {}, **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries}}
-    subprocess.run([sys.executable, ROOT / "prepare.py", "--arena", options.arena], check=True)
-    jobs = [(name, seed) for seed in options.seeds for name in variants]
-    columns: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda job: measure(variants[job[0]], job[1], options), jobs)
-        for (name, seed), figures in zip(jobs, done, strict=True):
-            print(f"{name}, seed {seed}: val_bpb {figures['val_bpb']:.4f}", file=sys.stderr, flush=True)
-            columns[name].append(figures)
-    machine = torch.cuda.get_device_name() if gpu else "CPU"
-    each = f"{options.tokens:,} tokens" if options.tokens else f"{options.budget or 'the budget in'} s"
-    show(columns, f"{options.arena}, {each} each, seeds {options.seeds}, {machine}, torch {torch.__version__}")
+    if code := subprocess.run([sys.executable, ROOT / "prepare.py", "--arena", options.arena]).returncode:
+        raise SystemExit(code)  # it has said why
+    finished = measure_all(variants, options)
+    if finished:
+        show(finished, title(options))
+        if options.tokens and options.tokens < FEW_TOKENS:
+            print(f"These are fewer than {FEW_TOKENS:,} tokens: the columns run, but how they compare means nothing.")
+    if finished.keys() != variants.keys():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

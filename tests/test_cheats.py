@@ -30,7 +30,7 @@ class Cheat:
 
 IMPORT = "from prepare import ARENA, TrainLoader, finish\n"
 LOGITS = "        return SOFTCAP * torch.tanh(logits.float() / SOFTCAP_KNEE)\n"
-LOADER = "    loader = TrainLoader(BATCH // T, DEVICE)\n"
+START = "    flops = train(model, optimizers, loader, micro_rows)\n"
 FINISH = TRAIN[TRAIN.index("    finish(compiled(model), ") : TRAIN.index("\n\n\nif __name__")] + "\n"
 
 
@@ -148,16 +148,16 @@ CHEATS = [
     Cheat(
         "warms up on real tokens",
         r"train\.py opened train-\w+\.bin of the arena itself",
-        ((LOADER, "    import numpy\n    path = next(ARENA.folder.glob('train-*.bin'))\n"
+        ((START, "    import numpy\n    path = next(ARENA.folder.glob('train-*.bin'))\n"
           "    tokens = torch.from_numpy(numpy.fromfile(path, numpy.uint16)[: 16 * T].astype(int)).view(16, T)\n"
-          "    train_step(model, optimizers, tokens, tokens, 16)\n" + LOADER),),
+          "    train_step(model, optimizers, tokens, tokens, 16)\n" + START),),
     ),
     Cheat(
         "warms up on the loader's own documents",
         r"did not start and end its budget once",
-        ((LOADER, "    import prepare\n    stems = prepare.read_manifest(ARENA)['train']\n"
+        ((START, "    import prepare\n    stems = prepare.read_manifest(ARENA)['train']\n"
           "    next(prepare.training_documents(ARENA, stems))\n"
-          "    prepare.CLOCK.started = None\n" + LOADER),),
+          "    prepare.CLOCK.started = None\n" + START),),
     ),
     Cheat(
         "writes to prepare.py",
@@ -178,12 +178,12 @@ CHEATS = [
     Cheat(
         "ends without training",
         r"no summary was printed",
-        ((LOADER, "    raise SystemExit(0)\n"),),
+        ((START, "    raise SystemExit(0)\n"),),
     ),
     Cheat(
         "is scored before its time",
         r"finish was called [\d.]+ s before the budget was spent",
-        ((LOADER, LOADER + FINISH.replace("flops_per_token=flops", "flops_per_token=1.0")),),
+        ((START, FINISH.replace("flops_per_token=flops", "flops_per_token=1.0") + START),),
     ),
 ]  # fmt: skip
 

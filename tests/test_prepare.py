@@ -406,8 +406,8 @@ def test_finish_refuses_a_fact_it_counts_itself(quick: prepare.Arena) -> None:
 
 
 def test_not_prepared(tmp_path: Path) -> None:
-    """train.py by hand, before prepare.py: one line that names the command."""
+    """train.py by hand, before prepare.py: one line that names the command, and no warm-up before it."""
     env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, ROOT / "train.py"], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: the arena 'demo' is not prepared: run `uv run prepare.py --arena demo`\n"

@@ -276,16 +276,36 @@ def test_a_row_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("BATCH", 1000, "BATCH is 1000, and must be a multiple of 256, the tokens in a row"),
         ("MICRO_BATCH", 100, "MICRO_BATCH is 100, and must be a multiple of 256, the tokens in a row"),
-        ("MICRO_BATCH", 3 * 256, "BATCH is 4096, and must be a multiple of 768, the MICRO_BATCH"),
+        ("MICRO_BATCH", 3 * 256, "MICRO_BATCH is 768, and must be a divisor of 4096, the BATCH"),
         ("HEAD_DIM", 33, "HEAD_DIM is 33, and must be a multiple of 8, which attention kernels need"),
-        ("DEPTH", 0, "DEPTH is 0, and must be a multiple of 1"),
+        ("DEPTH", 0, "DEPTH is 0, and must be a whole number, at least 1"),
+        ("DEPTH", 2.0, "DEPTH is 2.0, and must be a whole number, at least 1"),
+        ("DEPTH", "2", "DEPTH is '2', and must be a whole number, at least 1"),
+        ("BATCH", 4096.0, "BATCH is 4096.0, and must be a whole number, at least 1"),
+        ("MOMENTUM_STEPS", 0, "MOMENTUM_STEPS is 0, and must be a whole number, at least 1"),
+        ("GATE_CHANNELS", 97, "GATE_CHANNELS is 97, and must be at most 96, the model's width"),
+        ("NGRAMS", 2, "NGRAMS is 2, and must be a tuple of whole numbers, at least 1, as in (2, 3), (2,) or ()"),
+        ("NGRAMS", (2, 0), "NGRAMS is (2, 0), and must be a tuple of whole numbers"),
+        ("WINDOWS", "", "WINDOWS is '', and must be letters S and L, at least one"),
+        ("WINDOWS", "SSl", "WINDOWS is 'SSl', and must be letters S and L"),
     ],
 )
-def test_sizes_that_do_not_divide(name: str, value: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_do_not_fit(name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     train.refuse_sizes()
     monkeypatch.setattr(train, name, value)
-    with pytest.raises(SystemExit, match=reason):
+    with pytest.raises(SystemExit, match=re.escape(f"error: {reason}")):
         train.refuse_sizes()
+
+
+@pytest.mark.parametrize(("name", "still"), [("WARMDOWN", train.Muon), ("ADAM_WARMDOWN", train.AdamW)])
+def test_rates_that_never_fall(name: str, still: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warmdown of no length: those rates stay, the others fall all the way."""
+    monkeypatch.setattr(train, name, 0.0)
+    optimizers = train.make_optimizers(train.GPT())
+    train.schedule(optimizers, step=10, progress=1.0)
+    for optimizer in optimizers:
+        stays = isinstance(optimizer, still | train.RowRMSProp)
+        assert optimizer.lr == pytest.approx(optimizer.start_lr * (1 if stays else train.FINAL_LR))
 
 
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,8 +357,9 @@ def test_demo_end_to_end(real_project: Project) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_diverged_loss_is_a_crash(real_project: Project, value: str) -> None:
+def test_diverged_loss_is_a_crash(tmp_path: Path, cache: Path, value: str) -> None:
     """Within a step: the second loss is bad, and a third batch is never drawn."""
+    real_project = make_real_project(tmp_path, cache, budget=60.0)  # two steps fit on a busy machine, too
     text = (real_project.root / "train.py").read_text()
     step = "        losses.append(train_step("
     assert text.count(step) == 1

@@ -118,7 +118,7 @@ def attempt(lab: Lab, told: str) -> Trouble | None:
     with experiment(lab) as (base, folder):
         taste = program(lab, base)
         edit = propose(lab, base, base, folder, prompt.brief(taste, lab.ledger.experiments, told), turn=0)
-        if edit.repeats and edit.fresh:
+        if edit.repeats and isinstance(unusable(edit), Failed):
             told = prompt.repeated(edit.repeats)
             lab.show(records.Repeated(lab.ledger.next_number, edit.repeats))
             edit = propose(lab, base, base, folder, prompt.brief(taste, lab.ledger.experiments, told), turn=0)
@@ -176,8 +176,8 @@ def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: 
     plain = (tree.tree / EDITABLE).is_file() and not (tree.tree / EDITABLE).is_symlink()
     only = plain and not set(paths) - {EDITABLE}
     fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or not only
-    repeats = ledger.tried.get(source.fingerprint(tree.show(commit, EDITABLE)) or "") if only else None
-    return Edit(reply, paths, commit, fresh, plain, repeats)
+    known = ledger.tried.get(source.fingerprint(tree.show(commit, EDITABLE)) or "") if fresh and only else None
+    return Edit(reply, paths, commit, fresh, plain, known)
 
 
 def unusable(edit: Edit) -> Trouble | None:

@@ -83,7 +83,9 @@ def standing(experiments: list[Experiment], holder: str | None) -> str:
     kept, discarded, crashed = (sum(e.status == s for e in experiments[1:]) for s in ("keep", "discard", "crash"))
     minutes = sum(e.minutes for e in experiments)
     state = f"running, {holder}" if holder else "not running"
-    count = f"{len(experiments) - 1} experiments, {minutes:.0f} min"
+    costs = [e.cost_usd for e in experiments if e.cost_usd is not None]
+    spend = f", ${sum(costs):.2f}{' at least' if len(costs) < len(experiments) - 1 else ''}" if costs else ""
+    count = f"{len(experiments) - 1} experiments, {minutes:.0f} min{spend}"
     return "\n".join(
         [
             f"{first.tag}: {state}; arena {first.arena}, branch autoresearch/{first.tag}",

@@ -39,18 +39,18 @@ QUICK = (
     Idea("VAL_BPB", "0.7", "keep"),
 )
 # Of train.py as it is, on the demo arena: effects so large that no noise turns a decision
-SLOW = {"HEAD_LR": "0.00005", "MATRIX_LR": "0.0005", "NGRAMS": "()", "SOFTCAP": "2.0"}  # what the baseline starts with
+SLOW = {"HEAD_LR": "0.00005", "EMBEDDING_LR": "0.001", "MATRIX_LR": "0.0005", "SOFTCAP": "2.0"}  # the baseline's
 DEMO = (
     Idea("HEAD_LR", "0.004", "keep"),
     Idea("HEAD_LR", "0.00001", "discard"),
-    Idea("HEAD_LR", "0.00001", "discard", again=("EMBEDDING_LR", "0.0001")),
+    Idea("HEAD_LR", "0.00001", "discard", again=("HEAD_LR", "0.00002")),
     Idea("SOFTCAP", "16.5", "keep"),
-    Idea("NGRAMS", "(2, 3) + 1", "keep", mend="(2, 3)"),
+    Idea("EMBEDDING_LR", "'fast'", "keep", mend="0.6"),
     Idea("BATCH", "2**15", "discard"),
     Idea("SOFTCAP", "0.5", "discard"),
     Idea("DEPTH", "'two'", "crash"),
     Idea("MATRIX_LR", "0.03", "keep"),
-    Idea("TABLE_LR", "0.00001", "discard"),
+    Idea("MATRIX_LR", "0.0004", "discard"),
 )
 
 

@@ -181,8 +181,8 @@ def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: 
 
 
 def unusable(edit: Edit) -> Trouble | None:
-    """Why an edit is not worth a run. One that came with a failure is, as long as it is one."""
-    if isinstance(edit.reply.trouble, Hopeless | Busy):
+    """Why an edit is not worth a run. One that came with a failure is, unless the agent says that it broke off."""
+    if edit.reply.cut_short and isinstance(edit.reply.trouble, Hopeless | Busy):
         return edit.reply.trouble
     if not edit.fresh:
         return edit.reply.trouble or Failed(f"no line of train.py is different: {edit.reply.description}")
@@ -190,8 +190,9 @@ def unusable(edit: Edit) -> Trouble | None:
 
 
 def pause(lab: Lab, busy: Busy, count: int) -> None:
-    """Wait until the time that the agent named, else longer each time, but not beyond the deadline."""
-    until = busy.until or datetime.now().astimezone() + timedelta(seconds=min(BACKOFF * 2 ** (count - 1), MAX_BACKOFF))
+    """Wait until the time that the agent named, at least longer each time, but not beyond the deadline."""
+    in_a_while = datetime.now().astimezone() + timedelta(seconds=min(BACKOFF * 2 ** (count - 1), MAX_BACKOFF))
+    until = max(busy.until or in_a_while, in_a_while)
     lab.show(records.Waiting(busy.why, until))
     while (left := (until - datetime.now().astimezone()).total_seconds()) > 0 and time.monotonic() < lab.deadline:
         time.sleep(min(left, 1.0))  # by the time of day, which goes on while the machine sleeps
@@ -287,7 +288,7 @@ def program(lab: Lab, base: str) -> str:
     try:
         return (lab.checkout.tree / "program.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return lab.checkout.show(base, "program.md")
+        return lab.checkout.show(base, "program.md").decode(errors="replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,7 +370,8 @@ def status(options: argparse.Namespace) -> int:
 
 def show_prompt(options: argparse.Namespace) -> int:
     """Print what the agent would be told now."""
-    print(prompt.brief((ROOT / "program.md").read_text(encoding="utf-8"), past(options.tag)), end="")
+    taste = (ROOT / "program.md").read_text(encoding="utf-8", errors="replace")
+    print(prompt.brief(taste, past(options.tag)), end="")
     return 0
 
 
@@ -381,7 +383,10 @@ def past(tag: str | None) -> list[Experiment]:
         why = f"; {running} is training the baseline" if running else ""
         raise UserError(f"no experiments yet under {REFS}/{tag or ''}{why}")
     last = max(experiments, key=lambda e: e.finished)
-    return [experiment for experiment in experiments if experiment.tag == last.tag]
+    mine = [experiment for experiment in experiments if experiment.tag == last.tag]
+    if not any(e.status == "keep" for e in mine):
+        raise UserError(f"{last.tag} has lost its baseline, {REFS}/{last.tag}/0000")
+    return mine
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

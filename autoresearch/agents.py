@@ -1,12 +1,14 @@
 """Which coding agent is taken, and how it is asked once. What it changed is for git to say."""
 
 import json
+import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -44,12 +46,14 @@ def find_agent(text: str | None, model: str | None = None) -> Agent:
 def shell_command(text: str) -> Agent:
     """Any command line; UserError when its first word is no command. A path counts from here, and not from where the
     agent works."""
+    name = one_line(text, 80)
     plain = re.match(r"\s*([\w./+-]+)(?=\s|$)", text)  # the first word, unless it is more shell than word
     if not text.strip() or (plain and not is_command(plain[1])):
         names = ", ".join([*PRESETS, *BUILT_IN])
-        raise UserError(f"unknown agent {one_line(text, 80)!r}: give one of {names}, or a command that is installed", 2)
-    here = text if plain is None or os.sep not in plain[1] else str(Path(plain[1]).absolute()) + text[plain.end() :]
-    return Agent(one_line(text, 80), ("/bin/sh", "-c", here))
+        raise UserError(f"unknown agent {name!r}: give one of {names}, or a command that is installed", 2)
+    if plain and os.sep in plain[1]:
+        text = shlex.quote(str(Path(plain[1]).absolute())) + text[plain.end() :]
+    return Agent(name, ("/bin/sh", "-c", text), verbatim=True)
 
 
 def is_command(word: str) -> bool:
@@ -70,7 +74,7 @@ def read_prices() -> dict[str, tuple[float, float, float]]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"pyproject.toml: [tool.autoresearch.prices] cannot be read: {one_line(str(error))}") from None
     for name, row in rows.items():
-        if len(row) != 3 or min(row) < 0:
+        if len(row) != 3 or not all(0 <= price < math.inf for price in row):
             raise UserError(f"pyproject.toml: the price of {name} must be three numbers: input, cached input, output")
     return rows  # type: ignore[return-value]  # their length was looked at
 
@@ -103,7 +107,7 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     words = {
         "tree": str(call.tree), "glob": re.sub(r"([\[*])", r"\\\1", str(call.tree)), "regex": re.escape(str(call.tree)),
         "folder": str(call.folder), "side": str(output.prefix), "file": str(file), "prompt": prompt,
-        "json": json.dumps(prompt),
+        "json": json_string(prompt),
     }  # fmt: skip
     for name, text in agent.files.items():
         (call.folder / name).write_text(fill(text, words), encoding="utf-8")
@@ -113,19 +117,23 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
             command_of(agent, words), cwd=call.tree, env=env, limit=call.limit, mark=call.mark,
             stdin=Path(fill(agent.stdin, words)), out=output.path("out"), err=output.path("err"), politely=True,
         )  # fmt: skip
-    except OSError as error:
-        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {error.strerror}"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {why}"))
     try:
         answer, unreadable = agent.read(output), ""
-    except ValueError as error:
+    except replies.UNREADABLE as error:
         answer, unreadable = Answer(), str(error)
     usage = usage_of(agent, answer, ended.seconds)
     with (call.folder / CALLS).open("a", encoding="utf-8") as calls:
         calls.write(json.dumps({"base": call.base, **asdict(usage)}) + "\n")
-    return Reply(*read_answer(answer.text), usage, judge(agent, answer, unreadable, ended, output, call.limit))
+    trouble = judge(agent, answer, unreadable, ended, output, call.limit)
+    return Reply(*read_answer(answer.text), usage, trouble, cut_short=bool(answer.error))
 
 
 def command_of(agent: Agent, words: dict[str, str]) -> list[str]:
+    if agent.verbatim:
+        return list(agent.command)
     model = [agent.flag, agent.model] if agent.model else []
     return [word for part in agent.command for word in (model if part == "{model}" else [fill(part, words)])]
 
@@ -133,6 +141,15 @@ def command_of(agent: Agent, words: dict[str, str]) -> list[str]:
 def fill(text: str, words: dict[str, str]) -> str:
     """Put words for their names in braces; other braces, as JSON has them, stay."""
     return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), text)
+
+
+def json_string(text: str) -> str:
+    """A text as a JSON string that is also one of YAML, which knows no surrogate pairs."""
+
+    def word(found: re.Match[str]) -> str:
+        return json.dumps(found[0])[1:-1] if found[0][0] <= "\uffff" else f"\\U{ord(found[0]):08x}"
+
+    return '"' + re.sub("[\0-\uffff]+|.", word, text) + '"'
 
 
 def usage_of(agent: Agent, answer: Answer, seconds: float) -> Usage:
@@ -163,16 +180,18 @@ def judge(
         return Hopeless(one_line(said[-1] if said else f"exit code {ended.code}", 300))
     if ended.code:
         trouble = classify(said[-1] if said else "", None, now)
-        return replace(trouble, why=f"exit code {ended.code}: {trouble.why or answer.text[-200:] or 'no output'}")
-    return Failed(f"its output cannot be read: {unreadable}") if unreadable else None
+        why = trouble.why or one_line(answer.text[-200:]) or "no output"
+        return replace(trouble, why=f"exit code {ended.code}: {why}")
+    return Failed(f"its output cannot be read: {one_line(unreadable)}") if unreadable else None
 
 
 def spent_on(folder: Path, base: str) -> Usage:
     """What all calls cost together that were made in an experiment's folder from a commit, also before a restart."""
     text = process.tail(folder / CALLS, 1_000_000) if (folder / CALLS).exists() else ""
     calls = [call for line in text.splitlines() if isinstance(call := replies.parse(line), dict)]
-    mine = [Usage(**call) for call in calls if call.pop("base", None) == base]
-    return sum(mine, start=Usage(0.0, calls=0))
+    names = {f.name for f in fields(Usage)}  # a line of another version, or torn by a kill, is left out
+    mine = [call for call in calls if call.pop("base", None) == base and call.keys() == names]
+    return sum((Usage(**call) for call in mine), start=Usage(0.0, calls=0))
 
 
 def read_answer(text: str) -> tuple[str, str]:

@@ -99,9 +99,9 @@ class Repo:
         self.git("update-ref", f"{refs}/{blob}", blob)
         return blob
 
-    def show(self, commit: str, path: str) -> str:
-        """A file's text in a commit."""
-        return self.git("cat-file", "blob", f"{commit}:{path}")
+    def show(self, commit: str, path: str) -> bytes:
+        """A file's content in a commit."""
+        return git_bytes(*self.where, "cat-file", "blob", f"{commit}:{path}")
 
     def dirty(self, *paths: str) -> list[str]:
         """Those of the paths that differ from HEAD, untracked ones included."""

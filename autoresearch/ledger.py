@@ -36,8 +36,10 @@ class Ledger:
 
     @property
     def tried(self) -> dict[str, Experiment]:
-        """Experiments by the fingerprint of the program that they trained; the first of each."""
-        return {e.source: e for e in reversed(self.experiments) if e.source}
+        """Experiments by the fingerprint of the program that they trained; the first of each. A run that was killed
+        says little of its program."""
+        known = (e for e in reversed(self.experiments) if not (e.crash or "").startswith("killed"))
+        return {e.source: e for e in known if e.source}
 
     @property
     def next_number(self) -> int:
@@ -96,10 +98,11 @@ class Ledger:
         The ref is the moment of truth: before it nothing has happened, after it the row can be made again. To be
         called within `writing`.
         """
+        # what is remembered is what is written, so that a row made now and one made again later are the same
+        written = parse_message(message(experiment))
         final = self.checkout.commit_tree(message(experiment), f"{commit}^{{tree}}", parent)
         self.checkout.create(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
-        # what is remembered is what was written, so that a row made now and one made again later are the same
-        entry = (final, parse_message(message(experiment)))
+        entry = (final, written)
         self.history.append(entry)
         append(self.table, row(*entry))
         return final

@@ -30,6 +30,7 @@ class Agent:
     stdin: str = "{file}"
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # written into the experiment's folder first
+    verbatim: bool = False  # a person's own command, in which braces are the shell's
     model: str | None = None
     price: tuple[float, float, float] | None = None  # dollars for a million tokens: input, cached input, output
 

@@ -86,13 +86,13 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def sweep(mark: Path, others: frozenset[int] | None = None) -> None:
-    """Kill what carries a run's mark, and what descends from this process, those `others` that did before aside.
+    """Kill what carries a run's mark, and what descends from this process, but for those `others` that did before.
 
     Not guaranteed: a process that wiped its environment and whose driver was killed, or that another user owns, is not
     found.
     """
     give_up = time.monotonic() + 5  # a process stuck in the kernel dies when the kernel lets it
-    while (orphans := marked(mark) | (descendants() - others if others is not None else set())) and (
+    while (orphans := marked(mark) | (descendants(others) if others is not None else set())) and (
         time.monotonic() < give_up
     ):
         for pid in orphans:
@@ -110,12 +110,12 @@ def marked(mark: Path) -> set[int]:
     return {pid for pid in processes() if pid != os.getpid() and wanted in read(pid, "environ").split(b"\0")}
 
 
-def descendants() -> frozenset[int]:
-    """Processes below this one, zombies included."""
+def descendants(others: frozenset[int] = frozenset()) -> frozenset[int]:
+    """Processes below this one, zombies included, but for those others and what is below them."""
     # pid (name) state parent ...; the name may hold anything, blanks and brackets included
     parents = {pid: int(stat.rpartition(b")")[2].split()[1]) for pid in processes() if (stat := read(pid, "stat"))}
     found, fresh = set[int](), {os.getpid()}
-    while fresh := {pid for pid, parent in parents.items() if parent in fresh}:
+    while fresh := {pid for pid, parent in parents.items() if parent in fresh and pid not in others}:
         found |= fresh
     return frozenset(found)
 

@@ -108,7 +108,7 @@ def themes(experiments: list[Experiment]) -> str:
         for change in (e.changes or "").split("; "):
             name, _, values = change.lstrip("+-").partition(" ")
             if name and not name.endswith("…"):
-                tried[name].append((values.rpartition("-> ")[2], e))
+                tried[name].append(("removed" if change[0] == "-" else values.rpartition("-> ")[2], e))
     order = sorted(tried.items(), key=lambda item: (-len(item[1]), item[0]))
     if not order:
         return ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.git import run_git
+from autoresearch.source import fingerprint
 
 FACTORS = (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)
 TRIES = 200
@@ -121,9 +122,9 @@ def value_of(line: str) -> str:
 
 
 def tried_before(tag: str) -> set[str]:
-    """Blobs of every train.py that the tag's history holds."""
-    refs = run_git("for-each-ref", "--format=%(refname):train.py", f"refs/autoresearch/{tag}/*")
-    return {line.split()[0] for line in run_git("cat-file", "--batch-check", stdin=refs).splitlines()}
+    """Fingerprints of every program that the tag's history trained."""
+    form = "--format=%(contents:trailers:key=Source,valueonly)"
+    return set(run_git("for-each-ref", form, f"refs/autoresearch/{tag}/*").split())
 
 
 def main() -> None:
@@ -131,12 +132,12 @@ def main() -> None:
         print("random search does not debug: the idea is given up")
         return
     path = Path("train.py")
-    source = path.read_text(encoding="utf-8")
+    source = path.read_text(encoding="utf-8-sig")
     rng = random.Random(f"{os.environ['AUTORESEARCH_SEED']}/{os.environ['AUTORESEARCH_EXPERIMENT']}")
     tried = tried_before(os.environ["AUTORESEARCH_TAG"])
     for _ in range(TRIES):
         program, changes = propose(source, rng)
-        if changes and run_git("hash-object", "--stdin", stdin=program).strip() not in tried:
+        if changes and fingerprint(program.encode()) not in tried:
             path.write_text(program, encoding="utf-8")
             print(f"A random step within the range that train.py gives. No theory behind it.\n\n{'; '.join(changes)}")
             return

@@ -167,12 +167,13 @@ Trouble = Hopeless | Busy | Failed
 @dataclass(frozen=True)
 class Reply:
     """One agent call: the idea in a line and the reason in a paragraph, both the agent's own words, what it cost, and
-    what went wrong with it."""
+    what went wrong with it. `cut_short` says that by its own word it broke off, so that an edit may be half of one."""
 
     description: str
     reason: str
     usage: Usage
     trouble: Trouble | None = None
+    cut_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,8 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
 def message(experiment: Experiment) -> str:
     """Word the commit message: the idea, the reason wrapped, and the trailers; what is unknown has no trailer."""
     values = [(name, getattr(experiment, field), form) for name, field, _, form in TRAILERS]
-    trailers = "\n".join(f"{name}: {value:{form}}" for name, value, form in values if value is not None)
+    # each on one line, or what a file or a model is called could make up a trailer of its own
+    trailers = "\n".join(one_line(f"{name}: {value:{form}}", 1000) for name, value, form in values if value is not None)
     return "\n\n".join(filter(None, [experiment.description, textwrap.fill(experiment.reason, 100), trailers])) + "\n"
 
 

@@ -14,6 +14,8 @@ from autoresearch.process import tail
 from autoresearch.records import Busy, Failed, Hopeless, Trouble, one_line, plus
 
 SILENT = "no reason given"
+# what a reader may run into where a CLI of another version put something else
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 MAX_OUTPUT = 64_000_000  # bytes of an answer that are read at all
 Json = Any
 
@@ -235,9 +237,10 @@ def read_mini(output: Output) -> Answer:
     """A file with the whole course; a price that is not known counts as 0 there."""
     (course,) = output.objects("traj.json")[-1:]
     messages = course.get("messages") or []
+    last = messages[-1] if messages else None
     asked = [message for message in messages if dig(message, "role") == "assistant"]
     status, count = string(course, "info", "exit_status"), partial(total, asked)
-    why = string(messages[-1] if messages else None, "extra", "exception_str") or string(messages[-1:], "content")
+    why = string(last, "extra", "exception_str") or string(last, "content")
     return Answer(
         text=string(course, "info", "submission").strip() or (string(asked[-1], "content") if asked else ""),
         error="" if status == "Submitted" else f"{status}: {why}",
@@ -252,7 +255,7 @@ def read_mini(output: Output) -> Answer:
 # -----------------------------------------------------------------------------
 # What went wrong
 
-RETRY_IN = re.compile(r"(?:retry|try again) in ([\d.]+) ?s", re.I)
+RETRY_IN = re.compile(r"(?:retry|try again) in (\d{1,6}(?:\.\d+)?) ?s", re.I)
 LIMIT = re.compile(r"hit your .{0,20}limit|usage limit|limit reached|limits? will reset", re.I)
 EXHAUSTED = re.compile(r"credit balance|insufficient.{0,3}(quota|credit|balance)", re.I)
 HOPELESS = re.compile(
@@ -279,9 +282,13 @@ def classify(error: str, status: int | None, now: datetime) -> Trouble:
         return Busy(why, now + timedelta(seconds=float(found[1]) + 1))
     if LIMIT.search(error):
         return Busy(why, read_reset(error, now))
-    if EXHAUSTED.search(error) or status in (401, 402, 403, 404) or (status != 429 and HOPELESS.search(error)):
+    if EXHAUSTED.search(error) or status in (401, 402, 403, 404):
         return Hopeless(why)
-    if status in (408, 409, 425, 429) or (status or 0) >= 500 or BUSY.search(error):
+    if status in (408, 409, 425, 429) or (status or 0) >= 500:
+        return Busy(why)
+    if HOPELESS.search(error):
+        return Hopeless(why)
+    if BUSY.search(error):
         return Busy(why)
     return Failed(why)
 
@@ -293,6 +300,7 @@ RESET = re.compile(
     re.I,
 )
 MARGIN = timedelta(minutes=1)  # the time is told without its seconds
+LONGEST = timedelta(days=45)  # that a limit may last; what says more is not believed
 
 
 def read_reset(error: str, now: datetime) -> datetime | None:
@@ -306,7 +314,7 @@ def read_reset(error: str, now: datetime) -> datetime | None:
     """
     if epoch := re.search(r"\|(\d{10})\b", error):
         until = datetime.fromtimestamp(int(epoch[1]), now.tzinfo)
-        return until + timedelta(seconds=1) if until > now else None
+        return until + timedelta(seconds=1) if now < until < now + LONGEST else None
     found = RESET.search(error)
     if found is None:
         return None
@@ -319,8 +327,8 @@ def read_reset(error: str, now: datetime) -> datetime | None:
             until = until.replace(year=int(found["year"] or here.year), month=month, day=int(found["day"]))
             if not found["year"] and until < here - timedelta(days=180):
                 until = until.replace(year=here.year + 1)
-    except (ValueError, KeyError, OSError):  # no such time, or no such zone on this machine
+        if not found["month"] and until < here - timedelta(hours=1):
+            until += timedelta(days=1)  # the next time that a clock shows it
+        return until + MARGIN if here < until + MARGIN < here + LONGEST else None
+    except (ValueError, KeyError, OSError, OverflowError):  # no such time, or no such zone on this machine
         return None
-    if not found["month"] and until < here - timedelta(hours=1):
-        until += timedelta(days=1)  # the next time that a clock shows it
-    return until + MARGIN if until + MARGIN > here else None

@@ -2,36 +2,48 @@
 
 import ast
 import hashlib
+import io
+import tokenize
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autoresearch.records import one_line
 
-Body = list[ast.stmt]
 TOP = "top-level"
+MAX_SOURCE = 1_000_000  # bytes; a program that a person can hold in their head is a twentieth of it
 NO_PROGRAM = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
-def fingerprint(source: str) -> str | None:
-    """A hash that comments, layout, docstrings and the order of constants do not change; None for what is no program.
+def decode(source: bytes) -> str:
+    """A program's text as Python reads it, by its own word on the encoding; SyntaxError or ValueError for what it would
+    not read, or for more than a person could."""
+    if len(source) > MAX_SOURCE:
+        raise ValueError(f"longer than {MAX_SOURCE / 1e6:g} MB")
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    return io.TextIOWrapper(io.BytesIO(source), encoding).read()
 
-    >>> fingerprint("A = 1  # one\\nB = 2") == fingerprint("B = 2\\n\\nA = 1")
+
+def fingerprint(source: bytes) -> str | None:
+    """A hash that comments, layout, docstrings and the order of plain constants do not change; None for no program.
+
+    >>> fingerprint(b"A = 1  # one\\nB = 2") == fingerprint(b"B = 2\\n\\nA = 1")
     True
     """
     try:
         module = parse(source)
         module.body = list(sort_constants(module.body))
-        return hashlib.sha256(ast.dump(module).encode()).hexdigest()[:16]
+        # by its text: another Python has other syntax trees
+        return hashlib.sha256(ast.unparse(module).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     except NO_PROGRAM:
         return None
 
 
-def parse(source: str) -> ast.Module:
+def parse(source: bytes) -> ast.Module:
     """The syntax tree without docstrings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = ast.parse(source)
+        module = ast.parse(decode(source))
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
             match node.body:
@@ -40,29 +52,28 @@ def parse(source: str) -> ast.Module:
     return module
 
 
-def sort_constants(body: Body) -> Iterator[ast.stmt]:
-    """Sort each run of `NAME = value` by name. A run ends where a name is set again, or one reads another: there the
-    order matters."""
-    run: dict[str, ast.stmt] = {}
-    read: set[str] = set()
+def sort_constants(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Sort each row of plain constants by name. What calls or reads anything stays where it is: its order matters."""
+    row: dict[str, ast.stmt] = {}
     for statement in body:
-        name = constant_name(statement)
-        reads = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - {name}
-        if name is None or name in run or name in read or reads & run.keys():
-            yield from (run[key] for key in sorted(run))
-            run, read = {}, set()
+        name = plain_constant(statement)
+        if name is None or name in row:
+            yield from (row[key] for key in sorted(row))
+            row = {}
         if name is None:
             yield statement
         else:
-            run[name] = statement
-            read |= reads
-    yield from (run[key] for key in sorted(run))
+            row[name] = statement
+    yield from (row[key] for key in sorted(row))
 
 
-def constant_name(statement: ast.stmt) -> str | None:
+PLAIN = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Tuple, ast.List, ast.expr_context)
+
+
+def plain_constant(statement: ast.stmt) -> str | None:
     match statement:
-        case ast.Assign(targets=[ast.Name(id=name)]) if name.isupper():
-            return name
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
+            return name if all(isinstance(node, PLAIN) for node in ast.walk(value)) else None
     return None
 
 
@@ -70,10 +81,10 @@ def constant_name(statement: ast.stmt) -> str | None:
 # What differs
 
 
-def changes(before: str, after: str) -> str | None:
+def changes(before: bytes, after: bytes) -> str | None:
     """Name what one program has otherwise than another, bounded: constants with their values, functions by name.
 
-    >>> changes("A = 1\\ndef f(): pass", "A = 2\\ndef f(): return 1\\nB = 3")
+    >>> changes(b"A = 1\\ndef f(): pass", b"A = 2\\ndef f(): return 1\\nB = 3")
     'A 1 -> 2; +B 3; f'
     """
     try:
@@ -94,14 +105,16 @@ class Part:
     constant: bool = False
 
 
-def parts(body: Body, within: str = "", head: str = "") -> Iterator[tuple[str, Part]]:
+def parts(body: list[ast.stmt], within: str = "", head: str = "") -> Iterator[tuple[str, Part]]:
     rest = [head]
     for statement in body:
         match statement:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                 yield f"{within}{name}", Part(ast.unparse(statement))
             case ast.ClassDef(name=name, body=inner):
-                head = " ".join(ast.unparse(part) for part in [*statement.bases, *statement.decorator_list])
+                head = " ".join(
+                    ast.unparse(part) for part in [*statement.bases, *statement.keywords, *statement.decorator_list]
+                )
                 yield from parts(inner, f"{within}{name}.", head)
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
                 yield f"{within}{name}", Part(ast.unparse(value), constant=True)
@@ -113,11 +126,15 @@ def parts(body: Body, within: str = "", head: str = "") -> Iterator[tuple[str, P
 def word(name: str, was: Part | None, now: Part | None) -> str:
     if was is None or now is None:
         part, sign = (now, "+") if was is None else (was, "-")
-        return f"{sign}{name} {one_line(part.text, 40)}" if part and part.constant else f"{sign}{name}"
+        return f"{sign}{name} {short(part.text)}" if part and part.constant else f"{sign}{name}"
     if not (was.constant and now.constant):
         return name
     before, after = differing_arguments(was.text, now.text)
-    return f"{name} {one_line(before, 40)} -> {one_line(after, 40)}"
+    return f"{name} {short(before)} -> {short(after)}"
+
+
+def short(value: str) -> str:
+    return one_line(value.replace(";", ","), 40)  # a semicolon parts one change from the next
 
 
 def differing_arguments(was: str, now: str) -> tuple[str, str]:

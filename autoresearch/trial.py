@@ -15,6 +15,7 @@ from pathlib import Path
 
 from autoresearch import process
 from autoresearch.records import Arena, Crashed, Finished, Machine, Summary, TimedOut, UserError, one_line
+from autoresearch.source import decode
 
 
 def run_training(
@@ -129,17 +130,12 @@ def reason_of(code: int, end: str) -> str:
     return one_line(lines[-1].removeprefix("error: ")) if lines else f"exit code {code} without a word"
 
 
-MAX_SOURCE = 1_000_000  # bytes; a program that a person can hold in their head is a twentieth of it
-
-
 def check_syntax(path: Path) -> Crashed | None:
     """Compile train.py without running it: a typo must not cost a run."""
-    if path.stat().st_size > MAX_SOURCE:
-        return Crashed(f"train.py is longer than {MAX_SOURCE / 1e6:g} MB", "", 0.0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(path.read_bytes(), path.name, "exec")
+            compile(decode(path.read_bytes()), path.name, "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
         reason = f"train.py does not compile: {type(error).__name__}: {getattr(error, 'msg', error)}{where}"
@@ -151,7 +147,8 @@ def check_syntax(path: Path) -> Crashed | None:
 # What a run printed: the lines along the way, and the summary block
 
 MAX_LOG = 4_000_000  # bytes of the log's end that are searched for progress
-PROGRESS = re.compile(r"^.*?([\d.]+)%.*?\bloss\D{0,3}([\d.]+)(?:.*?([\d,]+) tok/s)?", re.MULTILINE)
+PROGRESS = re.compile(r"([\d.]+)%.*?\bloss\D{0,3}([\d.]{1,12})(?:.*?\b([\d,]{1,15}) tok/s)?")
+MAX_LINE = 300  # characters; what is longer is no line of progress
 
 
 def read_curve(log: str) -> str:
@@ -161,11 +158,12 @@ def read_curve(log: str) -> str:
     '11% 4.250 81k/s'
     """
     points: dict[int, str] = {}
-    for percent, loss, speed in PROGRESS.findall(log):
-        with suppress(ValueError):
+    lines = (line for line in re.split(r"[\r\n]+", log) if "loss" in line and len(line) <= MAX_LINE)
+    for percent, loss, speed in (found.groups("") for found in map(PROGRESS.search, lines) if found):
+        with suppress(ValueError, OverflowError):
             done, value = float(percent), float(loss)
             if 10 <= done <= 100:
-                pace = f" {int(speed.replace(',', '')) / 1000:.0f}k/s" if speed else ""
+                pace = f" {float(speed.replace(',', '')) / 1000:.0f}k/s" if speed else ""
                 points.setdefault(int(done // 10), f"{done:.0f}% {value:.3f}{pace}")
     return ", ".join(points[tenth] for tenth in sorted(points))
 

@@ -169,7 +169,7 @@ class Anthropic:
 
     @staticmethod
     def answer(move: Move, turn: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        cwd = re.search(r"working directory: (\S+)", json.dumps(body).replace("\\n", "\n"))
+        cwd = re.search(r"working directory: ([^\n]+)", json.dumps(body).replace("\\n", "\n"))
         root = cwd[1] if cwd else ""
         calls: list[tuple[str, dict[str, str]]] = []
         match move:

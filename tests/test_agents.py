@@ -1,6 +1,8 @@
 """The agents' table: which one is taken, how each is called, what is read from what it printed, and bad commands."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from test_bad_input import one_line
 
 from autoresearch.agents import AgentCall, ask, shell_command, spent_on
 from autoresearch.presets import PRESETS
-from autoresearch.records import Failed, Hopeless, Reply
+from autoresearch.records import Busy, Failed, Hopeless, Reply
 
 
 def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
@@ -99,6 +101,49 @@ def test_a_command_that_is_none(project: Project, command: str) -> None:
     assert f"unknown agent '{command}'" in one_line(project.research(command, code=2))
 
 
+def test_braces_are_the_shells_own(project: Project) -> None:
+    """Nothing of the prompt becomes code: what stands in braces in a person's command is a variable of theirs."""
+    project.write("program.md", f"`touch {project.root}/pwned` $(touch {project.root}/pwned)\n")
+    project.research(
+        f'prompt="$(cat)"; file=$(mktemp); printf %s "${{prompt}}" > ${{file}}; {BETTER}; echo "${{folder}}ok"'
+    )
+    assert project.rows()[1]["description"] == "ok"
+    assert not (project.root / "pwned").exists()
+
+
+def test_a_path_counts_from_where_the_person_stands(project: Project) -> None:
+    folder = project.root / "my agents"
+    folder.mkdir()
+    (folder / "mine.sh").write_text(f"#!/bin/sh\n{BETTER}; echo option $1\n")
+    (folder / "mine.sh").chmod(0o755)
+    said = subprocess.run(
+        [sys.executable, "../loop.py", "--tag=t", "--arena=demo", "--agent=./mine.sh --fast", "--experiments=1"],
+        cwd=folder, env=project.env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert project.rows()[1]["description"] == "option --fast"
+
+
+def test_an_error_that_came_with_an_edit(project: Project) -> None:
+    """A command's last words are no verdict on an edit that it made; a CLI's own error field is."""
+    project.research(f"{BETTER}; echo 'fatal: Authentication failed' >&2; exit 128")
+    assert [row["status"] for row in project.rows()] == ["keep", "keep"]
+    failed = json.dumps({"type": "result", "is_error": True, "result": "Not logged in", "total_cost_usd": 0})
+    fake(project, "claude", f"echo 'X = 2' >> train.py; printf %s '{failed}'; exit 1")
+    assert "claude: Not logged in" in one_line(project.loop("--tag=t", "--arena=demo", "--agent=claude", code=1))
+    assert len(project.rows()) == 2
+
+
+def test_a_time_to_retry_does_not_shorten_the_wait(tmp_path: Path) -> None:
+    for words in (
+        "retry in 0.1s",
+        "retry in 1.2.3 s",
+        "retry in 99999999999999s",
+        "try again at Dec 31st, 9999 1:00 PM",
+    ):
+        assert isinstance(call(tmp_path, f"echo 'limit reached, {words}' >&2; exit 1").trouble, Busy)
+
+
 def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     trouble = ask(PRESETS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path)).trouble
@@ -111,6 +156,7 @@ def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("codex = [1, 2]", "the price of codex must be three numbers: input, cached input, output"),
         ("codex = 'cheap'", "[tool.autoresearch.prices] cannot be read"),
         ("codex = [1, 2, -3]", "must be three numbers"),
+        ("codex = [1, 2, nan]", "must be three numbers"),
         ("= 3", "pyproject.toml"),
     ],
 )

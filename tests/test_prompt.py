@@ -8,6 +8,7 @@ from conftest import ROOT, Project
 
 from autoresearch import prompt
 from autoresearch.records import Crashed, Experiment
+from autoresearch.trial import read_curve
 
 PROGRAM = (ROOT / "program.md").read_text()
 TOKEN = 3  # characters of a dense text of numbers and names, at the least
@@ -110,3 +111,17 @@ def test_the_command(project: Project) -> None:
     assert "- VAL_BPB: 1 times, 1 kept: 0.9 (-0.100000)" in shown
     project.research("echo 'X = 1' >> train.py; echo another", experiments=1)
     assert (project.root / "runs/t/0002/prompt-0.md").read_text() == shown
+
+
+def test_a_curve_from_any_log() -> None:
+    """Progress lines of any make, and logs that would take a careless pattern for ever."""
+    assert read_curve("step 9  12.5%  loss 4.2500  81,200 tok/s\n") == "12% 4.250 81k/s"
+    assert (
+        read_curve("9.0% loss 5\r11% | loss: 4.5\r15% | loss: 4.4\r20% | loss=nan 20.5% loss 4\n")
+        == "11% 4.500, 20% 4.000"
+    )
+    assert (
+        read_curve("10%|###| 1/9 " * 300_000) == read_curve("\r".join(["10%|###| 1/9 [00:01<00:01]"] * 100_000)) == ""
+    )
+    assert read_curve(f"50.0% loss 1.0 {'9' * 270} tok/s").startswith("50% 1.000")
+    assert read_curve("9" * 1_000_000 + "% loss 1") == read_curve("50%  loss 1.2.3") == ""

@@ -29,7 +29,7 @@ def run(tmp_path: Path, script: str, limit: float = 20.0, politely: bool = False
 def test_nothing_is_left(tmp_path: Path, leave: str) -> None:
     nap = f"sleep 999.{time.monotonic_ns()}"
     # a child of ours that is none of the run's, nor are those that it has meanwhile
-    bystander = subprocess.Popen(["/bin/sh", "-c", "while sleep 0.02; do :; done"])
+    bystander = subprocess.Popen(["/bin/sh", "-c", f"while [ ! -e {tmp_path}/go ] && sleep 0.02; do :; done"])
     try:
         ended, _ = run(tmp_path, f"{leave.format(nap=nap)}\necho started")
         assert ended.code == 0
@@ -37,7 +37,7 @@ def test_nothing_is_left(tmp_path: Path, leave: str) -> None:
         assert not process.descendants(frozenset({bystander.pid}))  # no zombies either
         assert bystander.poll() is None
     finally:
-        bystander.kill()
+        (tmp_path / "go").touch()
         bystander.wait()
 
 

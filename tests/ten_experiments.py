@@ -46,7 +46,7 @@ DEMO = (
     Idea("HEAD_LR", "0.00001", "discard", again=("HEAD_LR", "0.00002")),
     Idea("SOFTCAP", "16.5", "keep"),
     Idea("EMBEDDING_LR", "'fast'", "keep", mend="0.6"),
-    Idea("BATCH", "2**15", "discard"),
+    Idea("HEAD_LR", "0.00003", "discard"),
     Idea("SOFTCAP", "0.5", "discard"),
     Idea("DEPTH", "'two'", "crash"),
     Idea("MATRIX_LR", "0.03", "keep"),

@@ -115,8 +115,8 @@ CHEATS = [
     Cheat(
         "winds the clock back",
         r"claims [\d.]+ s of training, and the driver's clock says [\d.]+ s",
-        (("        losses.append(", "        if step < 9:\n            import prepare\n            import time\n"
-          "            prepare.CLOCK.started = time.perf_counter()\n            time.sleep(0.5)\n"
+        (("        losses.append(", "        if step == 0:\n            import prepare\n            import time\n"
+          "            time.sleep(5)\n            prepare.CLOCK.started = time.perf_counter()\n"
           "        losses.append("),),
     ),
     Cheat(

@@ -32,6 +32,7 @@ from autoresearch.presets import PRESETS, Agent
 from autoresearch.process import sweep
 from autoresearch.records import (
     EDITABLE,
+    TIE,
     Busy,
     Crashed,
     Edit,
@@ -52,7 +53,6 @@ from autoresearch.referee import review
 from autoresearch.trial import check_syntax, find_machine, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
-TIE = 0.0002  # val_bpb that a run repeats itself to
 MODEL = "model.pt2"  # in an experiment's folder
 REPAIRS = 2  # of one idea that crashed
 STALLS = 5  # agent calls in a row that brought nothing, before it is a person's matter
@@ -247,10 +247,10 @@ def settle(
     with ledger.writing():
         recorded = Experiment(
             tag=ledger.tag, number=ledger.next_number, status=verdict(lab, base, commit, outcome),
-            description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), arena=lab.arena.name,
-            data=lab.arena.data, seed=lab.seed, agent=lab.agent.name, torch=machine.torch, gpu=machine.gpu or None,
-            driver=machine.driver or None, program=program_blob, added=added, removed=removed, repairs=repairs,
-            incumbent=ledger.incumbent_bpb, changes=changes,
+            description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), seed=lab.seed,
+            arena=lab.arena.name, budget=lab.arena.budget, data=lab.arena.data, agent=lab.agent.name,
+            torch=machine.torch, gpu=machine.gpu or None, driver=machine.driver or None, program=program_blob,
+            added=added, removed=removed, repairs=repairs, incumbent=ledger.incumbent_bpb, changes=changes,
             source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
         )  # fmt: skip

@@ -28,7 +28,8 @@ def find_agent(text: str | None, model: str | None = None) -> Agent:
         installed = [agent for agent in PRESETS.values() if shutil.which(agent.command[0])]
         if not installed:
             names = ", ".join(PRESETS)
-            raise UserError(f"no coding agent is installed ({names}): give --agent 'any command', or --agent random", 2)
+            cure = f"{PRESETS['claude'].install}, or give --agent 'any command' or --agent random"
+            raise UserError(f"no coding agent is installed ({names}): {cure}", 2)
         agent = installed[0]
     elif text in PRESETS:
         agent = PRESETS[text]
@@ -48,6 +49,8 @@ def shell_command(text: str) -> Agent:
     agent works."""
     name = one_line(text, 80)
     plain = re.match(r"\s*([\w./+-]+)(?=\s|$)", text)  # the first word, unless it is more shell than word
+    if plain and os.sep in plain[1] and not is_command(plain[1]):
+        raise UserError(f"no program at {plain[1]}: no such file, or `chmod +x {plain[1]}`", 2)
     if not text.strip() or (plain and not is_command(plain[1])):
         names = ", ".join([*PRESETS, *BUILT_IN])
         raise UserError(f"unknown agent {name!r}: give one of {names}, or a command that is installed", 2)
@@ -70,13 +73,17 @@ def read_prices() -> dict[str, tuple[float, float, float]]:
     try:
         table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         prices = table.get("tool", {}).get("autoresearch", {}).get("prices", {})
-        rows = {name: tuple(map(float, row)) for name, row in prices.items()}
+        rows = dict(prices)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"pyproject.toml: [tool.autoresearch.prices] cannot be read: {one_line(str(error))}") from None
     for name, row in rows.items():
-        if len(row) != 3 or not all(0 <= price < math.inf for price in row):
-            raise UserError(f"pyproject.toml: the price of {name} must be three numbers: input, cached input, output")
-    return rows  # type: ignore[return-value]  # their length was looked at
+        match row:
+            case [int() | float(), int() | float(), int() | float()] if all(0 <= price < math.inf for price in row):
+                rows[name] = tuple(row)
+            case _:
+                form = f'"{name}" = [input, cached input, output], the name in quotes'
+                raise UserError(f"pyproject.toml: the price of {name} must be three numbers: {form}")
+    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     with (call.folder / CALLS).open("a", encoding="utf-8") as calls:
         calls.write(json.dumps({"base": call.base, **asdict(usage)}) + "\n")
     trouble = judge(agent, answer, unreadable, ended, output, call.limit)
-    return Reply(*read_answer(answer.text), usage, trouble, cut_short=bool(answer.error))
+    return Reply(*read_answer(answer.text), usage, trouble, cut_short=bool(answer.error) and ended.code is not None)
 
 
 def command_of(agent: Agent, words: dict[str, str]) -> list[str]:
@@ -170,9 +177,12 @@ def judge(
 ) -> Trouble | None:
     """What went wrong with a call: our limit first, then what its error fields say whatever the exit code, then that,
     then output that is not what the CLI promises."""
-    if ended.code is None:
-        return Failed(f"{agent.name} was stopped after {limit:g} s")
-    now = datetime.now().astimezone()
+    now, late = datetime.now().astimezone(), f"{agent.name} was stopped after {limit:g} s"
+    if ended.code is None and not answer.error:
+        return Failed(late)
+    if ended.code is None:  # what it was waiting for, say a network
+        trouble = classify(answer.error, answer.status, now)
+        return replace(trouble, why=f"{late}: {trouble.why}")
     if answer.error:
         return classify(answer.error, answer.status, now)
     said = [line for line in output.text("err", 4000).splitlines() if line.strip()]
@@ -196,7 +206,9 @@ def spent_on(folder: Path, base: str) -> Usage:
 
 def read_answer(text: str) -> tuple[str, str]:
     """The idea is the last non-empty line of an answer, the reason the paragraph before it; both bounded."""
-    lines = text.rstrip().splitlines()
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("```")]
+    while lines and not lines[-1].strip():
+        lines.pop()
     if not lines:
         return "", ""
     paragraphs = "\n".join(lines[:-1]).rstrip().split("\n\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 EDITABLE = "train.py"  # the one file that an experiment changes
+TIE = 0.0002  # val_bpb that a run repeats itself to
 Status = Literal["keep", "discard", "crash"]
 
 
@@ -215,6 +216,7 @@ class Experiment:
     repairs: int
     agent_seconds: float
     run_seconds: float  # from the first training process to the last, wall clock
+    budget: float | None = None  # seconds of training
     crash: str | None = None  # why there is no number
     source: str | None = None  # fingerprint of the program that was trained
     changes: str | None = None  # what in the program is different, from the diff
@@ -331,6 +333,7 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Cost-usd", "cost_usd", float, ".4f"),
     ("Seed", "seed", int, "d"),
     ("Arena", "arena", str, "s"),
+    ("Budget-seconds", "budget", float, ".0f"),
     ("Data", "data", str, "s"),
     ("Gpu", "gpu", str, "s"),
     ("Gpu-driver", "driver", str, "s"),

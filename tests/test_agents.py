@@ -9,7 +9,7 @@ import pytest
 from conftest import Project
 from test_bad_input import one_line
 
-from autoresearch.agents import AgentCall, ask, shell_command, spent_on
+from autoresearch.agents import AgentCall, ask, read_answer, shell_command, spent_on
 from autoresearch.presets import PRESETS
 from autoresearch.records import Busy, Failed, Hopeless, Reply
 
@@ -98,7 +98,8 @@ def test_a_command_that_cannot_be_run(tmp_path: Path, command: str, words: str) 
 @pytest.mark.parametrize("command", ["./plain", "/nowhere/agent", "no-such-agent -p"])
 def test_a_command_that_is_none(project: Project, command: str) -> None:
     (project.root / "plain").write_text("echo hi\n")
-    assert f"unknown agent '{command}'" in one_line(project.research(command, code=2))
+    words = f"no program at {command}: no such file, or `chmod +x" if "/" in command else f"unknown agent '{command}'"
+    assert words in one_line(project.research(command, code=2))
 
 
 def test_braces_are_the_shells_own(project: Project) -> None:
@@ -153,8 +154,10 @@ def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ("codex = [1, 2]", "the price of codex must be three numbers: input, cached input, output"),
-        ("codex = 'cheap'", "[tool.autoresearch.prices] cannot be read"),
+        ("codex = [1, 2]", 'the price of codex must be three numbers: "codex" = [input, cached input, output]'),
+        ("codex = 'cheap'", "must be three numbers"),
+        ("gpt-6.1-x = [1, 1, 1]", '"gpt-6" = [input, cached input, output], the name in quotes'),
+        ("codex = 5", "must be three numbers"),
         ("codex = [1, 2, -3]", "must be three numbers"),
         ("codex = [1, 2, nan]", "must be three numbers"),
         ("= 3", "pyproject.toml"),
@@ -188,3 +191,25 @@ def test_told_of_a_repetition(project: Project) -> None:
     assert "the one of experiment 1, which is known: keep, 0.900000, lower it" in request
     assert len(project.rows()) == 2
     project.check()
+
+
+def test_stopped_while_it_waited_for_a_network(project: Project) -> None:
+    """What it said until our limit counts: an outage is waited for, and is no stall."""
+    text = (project.root / "loop.py").read_text()
+    project.write("loop.py", text.replace("BACKOFF, MAX_BACKOFF = 60.0", "BACKOFF, MAX_BACKOFF = 0.2"))
+    lost = json.dumps({"type": "error", "message": "Reconnecting... waiting for network (Connection failed)"})
+    again = f'[ -e {project.root}/runs/up ] && exec sh -c "{BETTER}"; touch {project.root}/runs/up'
+    fake(project, "codex", f"{again}; printf '%s\\n' '{lost}'; sleep 1000")
+    said = project.loop("--tag=t", "--arena=demo", "--agent=codex", "--experiments=1", "--agent-timeout=1")
+    assert "codex was stopped after 1 s: Reconnecting... waiting for network" in said and "no experiment" not in said
+    assert [row["status"] for row in project.rows()] == ["keep", "keep"]
+
+
+FENCED = "Why.\n\n```\nidea\n```\n"
+
+
+@pytest.mark.parametrize(
+    "answer", ["Why.\n\nidea", FENCED, FENCED.replace("```", "```text", 1), "Why.\n\n**idea**\n\n"]
+)
+def test_the_last_line(answer: str) -> None:
+    assert read_answer(answer) == ("idea", "Why.")

@@ -18,7 +18,8 @@ def experiment(number: int, status: str, val_bpb: float | None, incumbent: float
     base = Experiment(
         tag="t", number=number, status="keep", description=f"idea {number}", reason="", finished="", arena="climbmix",
         data="d", seed=42, agent="claude", torch="2.15", program="p", added=3, removed=2, repairs=0, agent_seconds=20.0,
-        run_seconds=320.0, gpu="H100", memory_gb=40.1, training_seconds=300.0, tokens_per_second=181_000.0, steps=953,
+        run_seconds=320.0, gpu="H100",
+        budget=300.0, source="s", memory_gb=40.1, training_seconds=300.0, tokens_per_second=181_000.0, steps=953,
         params_M=50.3, tokens_M=54.0, val_bpb=val_bpb, incumbent=incumbent,
     )  # fmt: skip
     return replace(base, status=status, **more)  # type: ignore[arg-type]

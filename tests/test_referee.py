@@ -52,7 +52,7 @@ def test_a_model_that_it_cannot_score(project: Project) -> None:
 
 def test_only_the_incumbents_model_is_left(project: Project) -> None:
     lower = 'sed -i "s/^VAL_BPB = .*/VAL_BPB = 0.$((10 - ${AUTORESEARCH_EXPERIMENT#000}))/" train.py; echo lower'
-    project.research(f"if [ $AUTORESEARCH_EXPERIMENT = 0003 ]; then echo '#' >> train.py; else {lower}; fi", 3)
+    project.research(f"if [ $AUTORESEARCH_EXPERIMENT = 0003 ]; then echo 'X = 1' >> train.py; else {lower}; fi", 3)
     assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep", "discard"]
     assert [path.parent.name for path in project.root.glob("runs/t/*/model.pt2")] == ["0002"]
     assert not (project.root / "runs/t/0003/referee.log").exists()  # a discard costs no referee

@@ -177,14 +177,14 @@ def judge(
 ) -> Trouble | None:
     """What went wrong with a call: our limit first, then what its error fields say whatever the exit code, then that,
     then output that is not what the CLI promises."""
-    now, late = datetime.now().astimezone(), f"{agent.name} was stopped after {limit:g} s"
-    if ended.code is None and not answer.error:
-        return Failed(late)
-    if ended.code is None:  # what it was waiting for, say a network
-        trouble = classify(answer.error, answer.status, now)
-        return replace(trouble, why=f"{late}: {trouble.why}")
-    if answer.error:
-        return classify(answer.error, answer.status, now)
+    now = datetime.now().astimezone()
+    told = classify(answer.error, answer.status, now) if answer.error else None
+    if ended.code is None:
+        late = f"{agent.name} was stopped after {limit:g} s"
+        # what it was waiting for, say a network
+        return replace(told, why=f"{late}: {told.why}") if told else Failed(late)
+    if told:
+        return told
     said = [line for line in output.text("err", 4000).splitlines() if line.strip()]
     if ended.code in (126, 127):  # the shell's: not executable, not found
         return Hopeless(one_line(said[-1] if said else f"exit code {ended.code}", 300))

@@ -99,8 +99,9 @@ class Ledger:
         called within `writing`.
         """
         # what is remembered is what is written, so that a row made now and one made again later are the same
-        written = parse_message(message(experiment))
-        final = self.checkout.commit_tree(message(experiment), f"{commit}^{{tree}}", parent)
+        text = message(experiment)
+        written = parse_message(text)
+        final = self.checkout.commit_tree(text, f"{commit}^{{tree}}", parent)
         self.checkout.create(f"{REFS}/{self.tag}/{experiment.number:04d}", final)
         entry = (final, written)
         self.history.append(entry)

@@ -88,8 +88,8 @@ def dig(value: Json, *path: str) -> Json:
 
 
 def number(value: Json, *path: str) -> int | None:
-    found = dig(value, *path)
-    return int(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+    found = dollars(value, *path)
+    return None if found is None else int(found)
 
 
 def total(values: list[Json], *path: str) -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from autoresearch import process
 from autoresearch.records import Arena, Crashed, Finished, Machine, Summary, TimedOut, UserError, one_line
-from autoresearch.source import decode
+from autoresearch.source import NO_PROGRAM, decode
 
 
 def run_training(
@@ -136,7 +136,7 @@ def check_syntax(path: Path) -> Crashed | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(decode(path.read_bytes()), path.name, "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except NO_PROGRAM as error:
         where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
         reason = f"train.py does not compile: {type(error).__name__}: {getattr(error, 'msg', error)}{where}"
         return Crashed(one_line(reason), one_line(f"{getattr(error, 'text', '') or ''}"), 0.0)

@@ -13,23 +13,25 @@ judges it. Everything that happened is in git; kill this at any instant and star
 import argparse
 import math
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from autoresearch import checks, prompt, records, source
+from autoresearch import checks, gpu, isolation, locks, prompt, records, source
 from autoresearch.agents import AgentCall, ask, find_agent, spent_on
 from autoresearch.display import Plain, standing
 from autoresearch.git import GitError, Repo
-from autoresearch.ledger import PROGRAMS, REFS, Ledger, hold, holder, read_history
+from autoresearch.ledger import PROGRAMS, REFS, Ledger, read_history
+from autoresearch.options import parse, whole
 from autoresearch.presets import PRESETS, Agent
-from autoresearch.process import sweep
+from autoresearch.process import STOPS, sweep, uninterrupted
 from autoresearch.records import (
     EDITABLE,
     TIE,
@@ -50,13 +52,41 @@ from autoresearch.records import (
     UserError,
 )
 from autoresearch.referee import review
-from autoresearch.trial import check_syntax, find_machine, prepare_arena, run_training
+from autoresearch.trial import Track, check_syntax, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
 MODEL = "model.pt2"  # in an experiment's folder
 REPAIRS = 2  # of one idea that crashed
-STALLS = 5  # agent calls in a row that brought nothing, before it is a person's matter
-BACKOFF, MAX_BACKOFF = 60.0, 1800.0  # seconds to wait for an agent that is busy, doubled each time
+STALLS = 5  # agent calls in a row that brought nothing, before there is a pause
+BACKOFF, MAX_BACKOFF = 60.0, 1800.0  # seconds to wait for what may pass by itself, doubled each time
+
+
+def clock() -> float:
+    """Seconds that nobody can set, and that pass while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass
+class Budget:
+    """What this call of the driver may use, and what it has used."""
+
+    experiments: float = math.inf
+    hours: float = math.inf
+    dollars: float = math.inf
+    gpu_rate: float = 0.0  # dollars an hour, from the start to the end
+    done: int = 0
+    paid: float = 0.0  # dollars, for the agent
+    start: float = field(default_factory=clock)
+
+    def spent(self) -> str | None:
+        """Which limit is reached, if any; asked before each experiment, and while something is waited for."""
+        hours = (clock() - self.start) / 3600
+        dollars = self.paid + self.gpu_rate * hours
+        if self.done >= self.experiments:
+            return f"{self.experiments:g} experiments done"
+        if hours >= self.hours:
+            return f"{self.hours:g} hours are over"
+        return f"${dollars:.2f} of ${self.dollars:g} are spent" if dollars >= self.dollars else None
 
 
 @dataclass(frozen=True)
@@ -65,13 +95,12 @@ class Lab:
 
     checkout: Repo  # the user's; read, never written
     ledger: Ledger
-    arena: records.Arena
+    track: Track
     machine: records.Machine
+    idle: int  # MiB of the GPU's memory that are in use when nothing of ours is
     agent: Agent
-    seed: int
-    train_limit: float
     agent_limit: float
-    deadline: float  # of the monotonic clock: when no experiment is started, and nothing waited for, any more
+    budget: Budget
     show: Callable[[Event], None]
 
 
@@ -79,27 +108,44 @@ class Lab:
 # The loop
 
 
-def research(lab: Lab, spent: Callable[[int], str | None]) -> str:
-    """Run experiments until a budget is spent, and return which. The baseline comes first and is not counted."""
+def research(lab: Lab) -> str:
+    """Run experiments until a limit is reached, and return which. The baseline comes first and is not counted.
+
+    What only a person can mend ends it when nothing was achieved yet, since the person is there. Later it is waited
+    for: in the night, most things pass by themselves.
+    """
     if not lab.ledger.history:
         baseline(lab)
-    done = stalls = pauses = 0
+    stalls = pauses = 0
     told = ""  # what the agent has to hear of its last call
-    while (budget := spent(done)) is None:
-        match attempt(lab, told):
+    while (spent := lab.budget.spent()) is None:
+        match trouble := step(lab, told, afresh=pauses > 0):
             case None:
-                done, stalls, pauses, told = done + 1, 0, 0, ""
-            case Busy() as busy:
-                pauses += 1
-                pause(lab, busy, pauses)
+                lab.budget.done, stalls, pauses, told = lab.budget.done + 1, 0, 0, ""
+                continue
             case Failed(why):
-                stalls, told = stalls + 1, why
+                stalls, told = stalls + 1, f"{why} (call {stalls + 1} in a row that brought nothing)"
                 lab.show(records.Stalled(lab.ledger.next_number, why))
-                if stalls == STALLS:
-                    raise UserError(f"{lab.agent.name} brought nothing {STALLS} times in a row: {why}")
-            case Hopeless(why):
-                raise UserError(f"{lab.agent.name}: {why}")
-    return budget
+                if stalls < STALLS:
+                    continue
+                trouble = Hopeless(f"{lab.agent.name} brought nothing {stalls} times in a row: {why}")
+        if isinstance(trouble, Hopeless) and not lab.budget.done:
+            raise UserError(trouble.why)
+        pauses += 1
+        pause(lab, trouble, pauses)
+    return spent
+
+
+def step(lab: Lab, told: str, afresh: bool) -> Trouble | None:
+    """Attempt an experiment; what fails of git, the disk, the data or the GPU is one more kind of trouble. Nothing is
+    lost by that: the next attempt starts, as a new driver would, from what git holds."""
+    try:
+        if afresh:
+            reconcile(lab.checkout, lab.ledger, lab.show)
+        trouble = attempt(lab, told)
+    except (GitError, OSError, UserError) as error:
+        return Hopeless(records.one_line(str(error), 500))
+    return replace(trouble, why=f"{lab.agent.name}: {trouble.why}") if isinstance(trouble, Hopeless) else trouble
 
 
 def baseline(lab: Lab) -> None:
@@ -130,7 +176,7 @@ def attempt(lab: Lab, told: str) -> Trouble | None:
             request = prompt.repair(taste, lab.ledger.next_number, subject(idea), outcome)
             mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
             trouble = unusable(mend)
-            if isinstance(trouble, Busy) and time.monotonic() < lab.deadline:
+            if isinstance(trouble, Busy) and not lab.budget.spent():
                 pauses += 1
                 pause(lab, trouble, pauses)
             elif trouble:
@@ -152,13 +198,15 @@ def experiment(lab: Lab) -> Iterator[tuple[str, Path]]:
     ledger = lab.ledger
     folder = ledger.folder / f"{ledger.next_number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
+    checks.check_disk(folder)
     ledger.in_flight.touch()
     ledger.stand()
     try:
         yield ledger.base, folder
     finally:
-        ledger.stand()
-        ledger.in_flight.unlink()
+        with uninterrupted():
+            ledger.stand()
+            ledger.in_flight.unlink()
 
 
 def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:
@@ -166,10 +214,11 @@ def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: 
     ledger = lab.ledger
     ledger.worktree().reset(ledger.branch, before)
     lab.show(records.Asking(ledger.next_number, turn))
-    facts = {"TAG": ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.seed)}
+    facts = {"TAG": ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.track.seed)}
     env = {f"AUTORESEARCH_{name}": value for name, value in facts.items()}
     call = AgentCall(ledger.worktree().tree, base, folder, env, lab.agent_limit, mark=ledger.folder)
     reply = ask(lab.agent, request, call)
+    lab.budget.paid += reply.usage.cost_usd or 0.0
     tree = ledger.worktree()  # once more: the agent may have broken it
     paths = tuple(tree.changed(ledger.branch, base))
     commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,))
@@ -189,13 +238,15 @@ def unusable(edit: Edit) -> Trouble | None:
     return Failed(prompt.repeated(edit.repeats)) if edit.repeats else None
 
 
-def pause(lab: Lab, busy: Busy, count: int) -> None:
-    """Wait until the time that the agent named, at least longer each time, but not beyond the deadline."""
-    in_a_while = datetime.now().astimezone() + timedelta(seconds=min(BACKOFF * 2 ** (count - 1), MAX_BACKOFF))
-    until = max(busy.until or in_a_while, in_a_while)
-    lab.show(records.Waiting(busy.why, until))
-    while (left := (until - datetime.now().astimezone()).total_seconds()) > 0 and time.monotonic() < lab.deadline:
-        time.sleep(min(left, 1.0))  # by the time of day, which goes on while the machine sleeps
+def pause(lab: Lab, trouble: Trouble, count: int) -> None:
+    """Wait until the time that the agent named, at least longer each time, but not beyond the budget."""
+    seconds, now = min(BACKOFF * 2 ** min(count - 1, 20), MAX_BACKOFF), datetime.now().astimezone()
+    if isinstance(trouble, Busy) and trouble.until:
+        seconds = max(seconds, (trouble.until - now).total_seconds())
+    lab.show(records.Waiting(trouble.why, now + timedelta(seconds=seconds)))
+    end = clock() + seconds
+    while (left := end - clock()) > 0 and not lab.budget.spent():
+        time.sleep(min(left, 1.0))
 
 
 def run(lab: Lab, base: str, edit: Edit, folder: Path, idea: str) -> Outcome:
@@ -214,19 +265,31 @@ def train(lab: Lab, base: str, commit: str, folder: Path, idea: str) -> Outcome:
     tree.reset(ledger.branch, commit)
     if broken := check_syntax(tree.tree / EDITABLE):
         return broken
+    wait_for_gpu(lab)
+    lab.track.mend()  # what somebody did to the data since is not this program's fault
     lab.show(records.Training(ledger.next_number, idea))
     model, log = folder / MODEL, folder / "run.log"
     bar = math.inf if ledger.incumbent_bpb is None else ledger.incumbent_bpb + TIE
-    limit, mark = lab.train_limit, ledger.folder
-    ended = run_training(tree.tree, lab.arena, seed=lab.seed, bar=bar, model=model, limit=limit, log=log, mark=mark)
+    ended = run_training(lab.track, bar=bar, model=model, log=log)
     altered = [path for path, _ in tree.altered(commit)]
     tree.reset(ledger.branch, commit)  # what the program left there was not the agent's doing
+    altered += [f"{lab.track.arena.name}/{name}" for name in lab.track.mend()]
     if altered:
         return Crashed(f"changed files while it ran: {', '.join(altered)}", "", ended.seconds)
     if not isinstance(ended, Finished) or verdict(lab, base, commit, ended) != "keep":
         return ended
     lab.show(records.Refereeing(ledger.next_number, ended.summary.val_bpb))
-    return review(tree.tree, lab.arena, ended, model=model, limit=limit, log=folder / "referee.log", mark=mark)
+    return review(lab.track, ended, model=model, log=folder / "referee.log")
+
+
+def wait_for_gpu(lab: Lab) -> None:
+    """Until nobody else uses the GPU, and what was killed has given its memory back."""
+    pauses = 0
+    while others := gpu.users(lab.machine, lab.idle):
+        if lab.budget.spent():
+            raise UserError(others)
+        pauses += 1
+        pause(lab, Busy(others), pauses)
 
 
 def verdict(lab: Lab, base: str, commit: str, outcome: Outcome) -> Status:
@@ -239,7 +302,7 @@ def settle(
     lab: Lab, base: str, commit: str, outcome: Outcome, idea: Reply, repairs: int, folder: Path, taste: str
 ) -> None:
     """Judge an experiment and record it for ever. Where the branch stands follows from the record."""
-    ledger, machine = lab.ledger, lab.machine
+    ledger, machine, arena = lab.ledger, lab.machine, lab.track.arena
     added, removed = lab.checkout.lines_changed(base, commit, EDITABLE)
     before, after = (lab.checkout.show(name, EDITABLE) for name in (base, commit))
     changes = source.changes(before, after)
@@ -247,9 +310,10 @@ def settle(
     with ledger.writing():
         recorded = Experiment(
             tag=ledger.tag, number=ledger.next_number, status=verdict(lab, base, commit, outcome),
-            description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), seed=lab.seed,
-            arena=lab.arena.name, budget=lab.arena.budget, data=lab.arena.data, agent=lab.agent.name,
+            description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), seed=lab.track.seed,
+            arena=arena.name, budget=arena.budget, data=arena.data, agent=lab.agent.name,
             torch=machine.torch, gpu=machine.gpu or None, driver=machine.driver or None, program=program_blob,
+            gpu_rate=lab.budget.gpu_rate or None,
             added=added, removed=removed, repairs=repairs, incumbent=ledger.incumbent_bpb, changes=changes,
             source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
@@ -298,6 +362,8 @@ def program(lab: Lab, base: str) -> str:
 def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> None:
     """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
     sweep(ledger.folder)
+    for ref in ledger.reload():
+        show(records.Restored(ref))
     tip = checkout.resolve(f"refs/heads/{ledger.branch}")
     expected = tip is None or checkout.contains(ledger.base, tip) or tip in {commit for commit, _ in ledger.history}
     if not expected and not ledger.in_flight.exists():
@@ -312,9 +378,11 @@ def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> 
     ledger.rebuild()
 
 
-def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
-    """Start or resume a run and stay with it until a budget is spent; returns the exit code."""
+def start(options: argparse.Namespace) -> int:
+    """Start or resume a run and stay with it until a limit is reached; returns the exit code."""
+    show, budget = Plain(), Budget(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
     agent, checkout = find_agent(options.agent, options.model), checks.open_checkout(ROOT)
+    checks.check_prices(agent, options)
     if options.agent is None:
         show(records.Chosen(agent.name, tuple(PRESETS)))
     checks.check_tag(checkout, options.tag)
@@ -323,11 +391,12 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
         os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())  # the same from the worktree
     if options.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
-    machine = find_machine(options.arena)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # gigabytes each
+    machine = gpu.find_machine(options.arena)
     if not Ledger(checkout, options.tag).history:
         checks.check_committed(checkout)
-    with hold(ROOT / "runs" / options.tag):
-        ledger = Ledger(checkout, options.tag)
+    ledger = Ledger(checkout, options.tag)
+    with locks.hold(ledger.lock, f"the run {options.tag}", "its driver"):
         reconcile(checkout, ledger, show)
         show(records.Preparing(options.arena))
         arena = prepare_arena(ledger.worktree().tree, options.arena)
@@ -335,26 +404,34 @@ def start(options: argparse.Namespace, show: Callable[[Event], None]) -> int:
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
         checks.check_comparable(ledger, arena, machine, seed)
-        deadline = time.monotonic() + (options.hours or math.inf) * 3600
-        lab = Lab(checkout, ledger, arena, machine, agent, seed, limit, options.agent_timeout, deadline, show)
-        before = len(ledger.history)
-        show(records.Started(options.tag, ledger.branch, agent.name, arena, machine, before, ledger.incumbent_bpb))
-        code = 0
-        try:
-            ended = research(lab, lambda done: spent(options, done, deadline))
-        except KeyboardInterrupt:
-            code, ended = 130, "interrupted"
-        show(records.Stopped(ended, len(ledger.history) - before, ledger.best))
+        walls = isolation.NONE if options.no_isolation else isolation.find_isolation()
+        track = Track(ledger.worktree().tree, arena, seed, limit, walls, mark=ledger.folder)
+        device = machine.uuid or "cpu"
+        with locks.hold(arena.folder.parent / f"{device}.lock", machine.gpu or "the CPU", f"run {options.tag}"):
+            idle = checks.check_gpu(machine)
+            lab = Lab(checkout, ledger, track, machine, idle, agent, options.agent_timeout, budget, show)
+            return work(lab)
+
+
+def work(lab: Lab) -> int:
+    """Research, and leave everything in order, whatever ends it."""
+    ledger, before = lab.ledger, len(lab.ledger.history)
+    lab.show(
+        records.Started(
+            ledger.tag, ledger.branch, lab.agent.name, lab.track.arena, lab.machine, before, ledger.incumbent_bpb,
+            lab.track.isolation.missing,
+        )
+    )  # fmt: skip
+    code = 0
+    try:
+        ended = research(lab)
+    except KeyboardInterrupt:
+        code, ended = 130, "interrupted"
+    finally:
+        with uninterrupted():
+            sweep(ledger.folder, frozenset())
+    lab.show(records.Stopped(ended, len(ledger.history) - before, ledger.best))
     return code
-
-
-def spent(options: argparse.Namespace, done: int, deadline: float) -> str | None:
-    """Which budget is used up, if any; asked before each experiment."""
-    if options.experiments is not None and done >= options.experiments:
-        return f"{options.experiments} experiments done"
-    if time.monotonic() >= deadline:
-        return f"{options.hours:g} hours are over"
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,7 +441,7 @@ def spent(options: argparse.Namespace, done: int, deadline: float) -> str | None
 def status(options: argparse.Namespace) -> int:
     """Print where a run stands."""
     experiments = past(options.tag)
-    print(standing(experiments, holder(ROOT / "runs" / experiments[0].tag)))
+    print(standing(experiments, locks.holder(ROOT / "runs" / experiments[0].tag / "lock")))
     return 0
 
 
@@ -379,7 +456,7 @@ def past(tag: str | None) -> list[Experiment]:
     """The experiments of a run as git holds them: of the one named, else of the one that ran last."""
     experiments = [experiment for _, experiment in read_history(checks.open_checkout(ROOT), tag or "*")]
     if not experiments:
-        running = holder(ROOT / "runs" / (tag or ""))
+        running = locks.holder(ROOT / "runs" / (tag or "") / "lock")
         why = f"; {running} is training the baseline" if running else ""
         raise UserError(f"no experiments yet under {REFS}/{tag or ''}{why}")
     last = max(experiments, key=lambda e: e.finished)
@@ -389,93 +466,32 @@ def past(tag: str | None) -> list[Experiment]:
     return mine
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=(__doc__ or "").strip().splitlines()[0])
-    today = date.today()
-    today_tag = f"{today:%b}{today.day}".lower()
-    add = parser.add_argument
-    add("command", nargs="?", choices=["run", *READ_ONLY], default="run", help="what to do (default: run)")
-    add("--tag", help=f"name of the run and its branch (default: {today_tag})")
-    add(
-        "--agent",
-        help=f"{', '.join(PRESETS)}, random, or any shell command: prompt on standard input, idea on its last line of "
-        "output (default: the first that is installed)",
-    )
-    add("--model", metavar="NAME", help="which model the agent uses (default: its own)")
-    add("--arena", help="what to train on: climbmix, tinystories, python, demo or ./a/folder (default: climbmix)")
-    add("--gpu", metavar="N", type=whole, help="which GPU (default: the first)")
-    add("--experiments", metavar="N", type=whole, help="stop after so many, the baseline not counted")
-    add("--hours", metavar="H", type=positive, help="start no experiment after so many hours")
-    add(
-        "--train-timeout",
-        metavar="S",
-        type=positive,
-        help="hard limit of a run (default: twice the budget, at least 120)",
-    )
-    add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
-    add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine")
-    options = parser.parse_args(argv)
-    if options.command in READ_ONLY:
-        return options
-    demo = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
-    usual = {"tag": today_tag, "arena": "climbmix"}
-    for name, value in (demo if options.demo else usual).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if os.sep in options.arena:  # the same from the worktree
-        options.arena = str(Path(options.arena).expanduser().resolve())
-    if options.train_timeout is not None and options.train_timeout < 120:
-        parser.error("--train-timeout must be at least 120 s")
-    return options
-
-
-READ_ONLY = {"status": status, "prompt": show_prompt}  # also while another process runs
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help tells more", 2)
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (0 < value < math.inf):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
+COMMANDS = {"run": start, "status": status, "prompt": show_prompt}
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """Leave by the same door as Ctrl-C: training stopped, tree put back."""
+    """Leave by the same door as Ctrl-C: training stopped, tree put back. Once is enough: a second must not break into
+    that."""
+    for other in STOPS:
+        signal.signal(other, lambda *_: None)
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows only ASCII
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    for signum in STOPS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(signum, interrupt)
     try:
-        options = parse(argv)
-        return READ_ONLY[options.command](options) if options.command in READ_ONLY else start(options, Plain())
-    except UserError as error:
-        if str(error):
-            print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except (GitError, OSError, argparse.ArgumentTypeError) as error:
-        print(f"error: {records.one_line(str(error), 500)}", file=sys.stderr)
-        return 1
+        options = parse(argv, (__doc__ or "").strip().splitlines()[0], COMMANDS)
+        return COMMANDS[options.command](options)
+    except (UserError, GitError, OSError, argparse.ArgumentTypeError) as error:
+        said = str(error) if isinstance(error, UserError) else records.one_line(str(error), 500)
+        if said:
+            with suppress(OSError):  # a terminal that went away
+                print(f"error: {said}", file=sys.stderr)
+        return error.code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -134,7 +134,7 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     usage = usage_of(agent, answer, ended.seconds)
     with (call.folder / CALLS).open("a", encoding="utf-8") as calls:
         calls.write(json.dumps({"base": call.base, **asdict(usage)}) + "\n")
-    trouble = judge(agent, answer, unreadable, ended, output, call.limit)
+    trouble = judge(agent, answer, unreadable, ended, output)
     return Reply(*read_answer(answer.text), usage, trouble, cut_short=bool(answer.error) and ended.code is not None)
 
 
@@ -172,15 +172,13 @@ def usage_of(agent: Agent, answer: Answer, seconds: float) -> Usage:
     )  # fmt: skip
 
 
-def judge(
-    agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, output: Output, limit: float
-) -> Trouble | None:
+def judge(agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, output: Output) -> Trouble | None:
     """What went wrong with a call: our limit first, then what its error fields say whatever the exit code, then that,
     then output that is not what the CLI promises."""
     now = datetime.now().astimezone()
     told = classify(answer.error, answer.status, now) if answer.error else None
     if ended.code is None:
-        late = f"{agent.name} was stopped after {limit:g} s"
+        late = f"{agent.name} was stopped {ended.why}"
         # what it was waiting for, say a network
         return replace(told, why=f"{late}: {told.why}") if told else Failed(late)
     if told:

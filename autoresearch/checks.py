@@ -1,10 +1,16 @@
 """What must hold before a run starts; each refusal is one line that names the cure."""
 
+import math
 import re
+import shutil
+from argparse import Namespace
 from pathlib import Path
 
+from autoresearch import gpu
 from autoresearch.git import GitError, Repo
 from autoresearch.ledger import REFS, Ledger
+from autoresearch.presets import Agent
+from autoresearch.process import MIN_FREE
 from autoresearch.records import Arena, Machine, UserError, one_line
 from autoresearch.trial import check_syntax
 
@@ -19,6 +25,28 @@ def open_checkout(root: Path) -> Repo:
     if checkout.resolve("HEAD") is None:
         raise UserError("the repository has no commit yet: `git add -A && git commit -m start`")
     return checkout
+
+
+def check_prices(agent: Agent, options: Namespace) -> None:
+    """A limit in dollars needs to know what is spent."""
+    if options.dollars < math.inf and not (agent.dollars or agent.price or options.gpu_dollars_per_hour):
+        raise UserError(
+            f"--dollars: {agent.name} does not say what a call costs; put the price of its tokens into pyproject.toml, "
+            f'[tool.autoresearch.prices]: "{agent.model or agent.name}" = [input, cached input, output]',
+            2,
+        )
+
+
+def check_gpu(machine: Machine) -> int:
+    """The GPU must be ours alone; returns the MiB of its memory that are in use all the same, say for a desktop."""
+    if others := gpu.users(machine):
+        raise UserError(f"{others}: stop that first, or take another GPU with --gpu N")
+    return gpu.used(machine)
+
+
+def check_disk(folder: Path) -> None:
+    if (free := shutil.disk_usage(folder).free) < 2 * MIN_FREE:
+        raise UserError(f"only {free // 1_000_000} MB are free on the disk of {folder}: make room for 1 GB at least")
 
 
 def check_tag(checkout: Repo, tag: str) -> None:

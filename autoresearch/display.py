@@ -1,5 +1,6 @@
 """What a person sees while it runs: one line for each event."""
 
+from contextlib import suppress
 from datetime import datetime
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from autoresearch.records import (
     Preparing,
     Refereeing,
     Repeated,
+    Restored,
     Settled,
     Stalled,
     Started,
@@ -32,7 +34,8 @@ class Plain:
     def __call__(self, event: Event) -> None:
         style = event.experiment.status if isinstance(event, Settled) else ""
         color = {"keep": "bold green", "discard": "", "crash": "red", "": ""}[style]
-        self.console.print(f"{datetime.now():%H:%M:%S}  {text(event)}", style=color)
+        with suppress(OSError):  # the terminal went away, and the research goes on
+            self.console.print(f"{datetime.now():%H:%M:%S}  {text(event)}", style=color)
 
 
 def text(event: Event) -> str:
@@ -42,11 +45,14 @@ def text(event: Event) -> str:
             return f"agent {agent}, the first installed of {', '.join(among)}; --agent takes another"
         case Preparing(arena):
             return f"preparing the arena {arena}"
-        case Started(tag, branch, agent, arena, machine, recorded, incumbent):
+        case Started(tag, branch, agent, arena, machine, recorded, incumbent, exposed):
             where = machine.gpu or "the CPU"
             so_far = f"resuming after {recorded} experiments, best {incumbent:.6f}" if incumbent else "a new run"
             contest = f"arena {arena.name}, {arena.budget:g} s each, on {where}"
-            return f"{tag}: {so_far}; {contest}; agent {agent}; branch {branch}"
+            walls = (
+                f"train.py WITH the network and your processes ({exposed})" if exposed else "train.py without network"
+            )
+            return f"{tag}: {so_far}; {contest}; agent {agent}; branch {branch}; {walls}"
         case Asking(number, 0):
             return f"{number:04d} asking the agent"
         case Asking(number, attempt):
@@ -65,6 +71,8 @@ def text(event: Event) -> str:
             return f"waiting until {until.astimezone():%H:%M:%S} of {until.astimezone():%d %b}: {one_line(why)}"
         case Dropped(commit):
             return f"put away what was unfinished: {commit[:10]}"
+        case Restored(ref):
+            return f"restored {ref}, which was lost or damaged, from the commit in results.tsv"
         case Stopped(reason, experiments, best):
             score = f"; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}" if best else ""
             return f"stopped: {reason}; recorded in this call, baseline included: {experiments}{score}"

@@ -1,8 +1,9 @@
 """The one door to git: the verbs on one working tree."""
 
 import os
-import shutil
 import subprocess
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class Repo:
         records = [record.lstrip("\n").split("\0") for record in out.split("\0\0") if record.strip()]
         return [(ref, commit, text) for ref, commit, text in records]
 
+    def message(self, commit: str) -> str:
+        return self.git("log", "-1", "--format=%B", commit)
+
     def holds(self, commit: str, path: str) -> bool:
         """Whether a commit has a file of that name."""
         return self.succeeds("cat-file", "-e", f"{commit}:{path}")
@@ -110,14 +114,15 @@ class Repo:
 
     def altered(self, commit: str) -> list[tuple[str, str]]:
         """(path, blob) of each file of a commit that is not in the tree byte for byte, whatever filters git applies."""
-        entries = [entry.split("\t", 1) for entry in self.git("ls-tree", "-r", "-z", commit).split("\0") if entry]
+        entries = [entry.split("\t", 1) for entry in self.git("ls-tree", "-r", "-l", "-z", commit).split("\0") if entry]
         plain = (entry for entry in entries if entry[0].startswith("100") and not {"\n", "\ufffd"} & set(entry[1]))
-        blobs = {path: facts.split()[2] for facts, path in plain}
-        present = [path for path in blobs if (self.tree / path).is_file() and not (self.tree / path).is_symlink()]
+        blobs = {path: (facts.split()[2], int(facts.split()[3])) for facts, path in plain}
+        # by size first, since hashing a file that somebody blew up to a terabyte would take the night
+        present = [path for path, (_, size) in blobs.items() if size_of(self.tree / path) == size]
         names = "".join(f"{path}\n" for path in present)
         found = self.git("hash-object", "--no-filters", "--stdin-paths", stdin=names).split()
-        same = {path for path, blob in zip(present, found, strict=True) if blobs[path] == blob}
-        return [(path, blob) for path, blob in blobs.items() if path not in same]
+        same = {path for path, blob in zip(present, found, strict=True) if blobs[path][0] == blob}
+        return [(path, blob) for path, (blob, _) in blobs.items() if path not in same]
 
     def lines_changed(self, base: str, commit: str, path: str) -> tuple[int, int]:
         """Lines added to and removed from a file between two commits."""
@@ -145,6 +150,22 @@ class Repo:
         """Remove what a killed git left of its locks on refs that nobody else writes; a pattern may hold a `*`."""
         for lock in (lock for ref in refs for lock in self.common_dir.glob(f"{ref}.lock")):
             lock.unlink()
+
+    def discard_broken(self, prefix: str) -> list[str]:
+        """Remove the refs at or under a prefix that stand for no object, so that they can be made again. git itself
+        refuses to touch them. Returns their names."""
+        top = self.common_dir / prefix
+        files = [
+            file for file in (top.rglob("*") if top.is_dir() else [top]) if file.is_file() and file.suffix != ".lock"
+        ]
+        names = {file.relative_to(self.common_dir).as_posix(): file for file in files}
+        with suppress(GitError):  # all in one call, as long as none is broken
+            listed = {ref for ref, _, _ in self.messages(prefix)}
+            names = {name: file for name, file in names.items() if name not in listed}
+        broken = {name: file for name, file in names.items() if not self.succeeds("cat-file", "-e", name)}
+        for file in broken.values():
+            file.unlink()
+        return sorted(broken)
 
     def attach(self, branch: str, commit: str) -> None:
         """Point HEAD at the branch and the branch and index at a commit, whatever happened to them; files stay."""
@@ -229,24 +250,21 @@ def read_worktree(path: Path, common_dir: Path) -> Repo | None:
         return None
 
 
+def size_of(path: Path) -> int | None:
+    """Bytes of a plain file; None of anything else."""
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+
+
 def make_accessible(tree: Path) -> None:
     """Give back the permissions that somebody took from us, so that git can read and clean the tree."""
-    folders = [tree]
-    while folders:
-        folder = folders.pop()
-        if folder.stat().st_mode & 0o700 != 0o700:
-            folder.chmod(0o700)
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(Path(entry))
-            elif entry.is_file(follow_symlinks=False) and not entry.stat().st_mode & 0o400:
-                Path(entry).chmod(0o600)
+    subprocess.run(["chmod", "-R", "u+rwX", "--", str(tree)], capture_output=True, check=False)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove whatever is at a path; of a link, the link."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
+    """Remove whatever is at a path; of a link, the link. What cannot be removed, as root can make a file, is moved
+    aside. By the tools that know paths of any depth."""
+    if not path.is_symlink():
         make_accessible(path)
-        shutil.rmtree(path)
+    subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)
+    if path.is_symlink() or path.exists():
+        path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))

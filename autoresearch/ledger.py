@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from autoresearch.git import Repo
+from autoresearch.git import GitError, Repo
 from autoresearch.records import Experiment, UserError, message, parse_message
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
@@ -26,9 +26,29 @@ class Ledger:
         self.tag = tag
         self.branch = f"autoresearch/{tag}"
         self.folder = checkout.tree / "runs" / tag
+        self.lock = self.folder / "lock"
         self.in_flight = self.folder / "in-flight"
         self.table = checkout.tree / "results.tsv"
         self.history = read_history(checkout, tag)
+
+    def reload(self) -> list[str]:
+        """Read the record again. A ref that was lost or damaged is made again from the commit that results.tsv has of
+        it; returns those. A tag without any ref was removed by a person, and stays removed."""
+        git, restored = self.checkout, []
+        broken = git.discard_broken(REFS)
+        git.discard_broken(f"refs/heads/{self.branch}")  # it follows from the record
+        present = {ref for ref, _, _ in git.messages(REFS)}
+        tags = {ref.split("/")[2] for ref in present.union(broken)}
+        table = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
+        for commit, *_, tag, number, _, _, _ in (
+            line.split("\t") for line in table.splitlines()[1:] if line.count("\t") == 9
+        ):
+            ref = f"{REFS}/{tag}/{number.zfill(4)}"
+            if tag in tags and ref not in present and git.allows(ref) and is_experiment(git, commit, tag, number):
+                git.create(ref, git.resolve(commit) or commit)
+                restored.append(ref)
+        self.history = read_history(git, self.tag)
+        return restored
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -136,6 +156,14 @@ def read_history(repo: Repo, tag: str = "*") -> list[tuple[str, Experiment]]:
     return sorted(history, key=lambda entry: entry[1].number)
 
 
+def is_experiment(repo: Repo, commit: str, tag: str, number: str) -> bool:
+    try:
+        found = parse_message(repo.message(commit))
+    except (GitError, ValueError):
+        return False
+    return (found.tag, str(found.number)) == (tag, number)
+
+
 def row(commit: str, experiment: Experiment) -> str:
     """One line of results.tsv: upstream's five columns, then ours. No number is 0 there, an unknown cost is empty."""
     e = experiment
@@ -174,33 +202,3 @@ def locked(table: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a tag, by its folder, for this process; UserError that names the holder when there is one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{holder(folder) or 'another process'} is already running {folder.name}: one driver a tag"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-def holder(folder: Path) -> str | None:
-    """Who holds a tag now, or None. The lock dies with its process."""
-    path = folder / "lock"
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        return path.read_text() or "another process"

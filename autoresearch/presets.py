@@ -31,6 +31,7 @@ class Agent:
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # written into the experiment's folder first
     verbatim: bool = False  # a person's own command, in which braces are the shell's
+    dollars: bool = False  # whether it says what a call cost
     model: str | None = None
     price: tuple[float, float, float] | None = None  # dollars for a million tokens: input, cached input, output
 
@@ -42,7 +43,7 @@ PRESETS = {agent.name: agent for agent in (
         ("claude", "-p", "--output-format", "json", "--safe-mode", "--no-session-persistence",
          "--tools", "Read,Edit,Write,Grep,Glob", "--permission-mode", "dontAsk",
          "--allowedTools", "Edit(/{glob}/train.py)", "--max-turns", "30", "--max-budget-usd", "1", "{model}"),
-        replies.read_claude, "npm install -g @anthropic-ai/claude-code",
+        replies.read_claude, "npm install -g @anthropic-ai/claude-code", dollars=True,
         env={"CLAUDE_CODE_MAX_RETRIES": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
              "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1"},
     ),
@@ -81,7 +82,7 @@ PRESETS = {agent.name: agent for agent in (
     Agent(
         "opencode",
         ("opencode", "run", "--format", "json", "--pure", "--title", "an experiment", "{model}"),
-        replies.read_opencode, "npm install -g opencode-ai", "-m",
+        replies.read_opencode, "npm install -g opencode-ai", "-m", dollars=True,
         env={"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_PROJECT_CONFIG": "1",
              "OPENCODE_DISABLE_LSP_DOWNLOAD": "1", "OPENCODE_DISABLE_CLAUDE_CODE": "1",
              "OPENCODE_CONFIG_CONTENT": """{"share": "disabled", "autoupdate": false, "snapshot": false, "lsp": false,
@@ -97,6 +98,7 @@ PRESETS = {agent.name: agent for agent in (
          "--no-show-model-warnings", "--no-detect-urls", "--no-suggest-shell-commands", "--no-auto-lint",
          "--no-auto-test", "--map-tokens", "0", "--no-stream", "--no-pretty", "--no-fancy-input", "{model}"),
         replies.read_aider, "uv tool install aider-chat", stdin="{folder}/aider.txt", files={"aider.txt": "n\n" * 200},
+        dollars=True,
     ),
     Agent(
         "qwen",
@@ -115,7 +117,7 @@ PRESETS = {agent.name: agent for agent in (
         ("pi", "-p", "--mode", "json", "--no-session", "--no-extensions", "--no-skills", "--no-prompt-templates",
          "--no-themes", "--no-context-files", "--no-approve", "--tools", "read,edit",
          "-e", "{folder}/guard.mjs", "{model}"),
-        replies.read_pi, "npm install -g @earendil-works/pi-coding-agent",
+        replies.read_pi, "npm install -g @earendil-works/pi-coding-agent", dollars=True,
         env={"PI_TELEMETRY": "0"},
         files={"guard.mjs": """\
             import { realpathSync } from "node:fs";
@@ -135,7 +137,7 @@ PRESETS = {agent.name: agent for agent in (
         "mini",  # its only tool is a shell
         ("mini", "-y", "--exit-immediately", "-c", "mini.yaml", "-c", "model.model_kwargs.max_retries=0",
          "-c", "agent.step_limit=30", "-c", "{folder}/task.yaml", "-o", "{side}.traj.json", "{model}"),
-        replies.read_mini, "uv tool install mini-swe-agent", "-m", stdin=os.devnull,
+        replies.read_mini, "uv tool install mini-swe-agent", "-m", stdin=os.devnull, dollars=True,
         env={"MSWEA_CONFIGURED": "true", "MSWEA_SILENT_STARTUP": "1", "MSWEA_COST_TRACKING": "ignore_errors",
              "MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT": "1"},
         files={"task.yaml": '{"run": {"task": {json}}}'},
@@ -153,5 +155,7 @@ PRESETS = {agent.name: agent for agent in (
 )}  # fmt: skip
 BUILT_IN = {
     # -P: the worktree, which is its working directory, is not where its code comes from
-    "random": Agent("random", (sys.executable, "-P", "-m", "autoresearch.random_agent"), env={"PYTHONPATH": str(ROOT)}),
+    "random": Agent(
+        "random", (sys.executable, "-P", "-m", "autoresearch.random_agent"), env={"PYTHONPATH": str(ROOT)}, dollars=True
+    ),
 }

@@ -1,25 +1,30 @@
-"""Start a process, wait for it under a limit, and leave nothing of it behind."""
+"""Start a process, wait for it under limits, and leave nothing of it behind."""
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "AUTORESEARCH_RUN"  # in the environment of everything we start: how orphans of a killed driver are found
 GRACE = 5.0  # seconds that a process is given to end by itself, after each of two signals
+MAX_OUTPUT = 64_000_000  # bytes that a process may print
+MIN_FREE = 500_000_000  # bytes that it has to leave on the disk, ours to record the night with
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by which a person ends the driver
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a process ended: `code` as subprocess has it (negative is a signal), None when the limit ended it."""
+    """How a process ended: `code` as subprocess has it (negative is a signal), None when it was killed, and why."""
 
     code: int | None
     seconds: float
+    why: str = ""
 
 
 def run(
@@ -33,14 +38,14 @@ def run(
     err: Path | None = None,
     stdin: Path = Path(os.devnull),
     pass_fds: tuple[int, ...] = (),
-    watch: Callable[[], None] = lambda: None,
+    watch: Callable[[], str] = str,
     politely: bool = False,
 ) -> Exit:
     """Run a command in a session of its own, output to files. However this returns, everything it started is dead.
 
-    Standard error joins standard output unless `err` is given. `watch` is called all the while, ten times a second, and
-    once after the end. At the limit it is killed; `politely` means after signals that let it say a last word. Not found
-    is an OSError.
+    Standard error joins standard output unless `err` is given. `watch` is called ten times a second, and once after the
+    end: what it returns is why to kill the process, as are `limit` in seconds, too much output and a disk that fills
+    up. `politely` means after signals that let it say a last word. Not found is an OSError.
     """
     adopt_orphans()
     others = descendants()
@@ -57,19 +62,49 @@ def run(
             pass_fds=pass_fds,
         )
         try:
-            code = None
-            while code is None and (left := start + limit - time.monotonic()) > 0:
+            die_first(process.pid)
+            code, why = None, ""
+            while code is None and not why:
                 with suppress(subprocess.TimeoutExpired):
-                    code = process.wait(timeout=min(left, 0.1))
-                watch()
+                    code = process.wait(timeout=max(min(start + limit - time.monotonic(), 0.1), 0))
+                late = f"at the limit of {limit:g} s" if time.monotonic() - start >= limit else ""
+                why = watch() or excess(out, err or out) or late
             for signum in (signal.SIGINT, signal.SIGTERM) if code is None and politely else ():
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, signum)
                     process.wait(timeout=GRACE)
         finally:
-            kill_group(process)
-            sweep(mark, others)
-    return Exit(code, time.monotonic() - start)
+            with uninterrupted():
+                kill_group(process)
+                sweep(mark, others)
+                for path in {out, err or out}:
+                    os.truncate(path, min(path.stat().st_size, MAX_OUTPUT))
+    return Exit(code, time.monotonic() - start, "" if code is not None else why)
+
+
+def excess(*files: Path) -> str:
+    """Why a process that prints to these files has to end, if it has."""
+    if any(file.stat().st_size > MAX_OUTPUT for file in files):
+        return f"since it printed more than {MAX_OUTPUT // 1_000_000} MB"
+    if (free := shutil.disk_usage(files[0].parent).free) < MIN_FREE:
+        return f"since the disk was full: {free // 1_000_000} MB were left"
+    return ""
+
+
+def die_first(pid: int) -> None:
+    """Let the kernel take this process, and not the driver, when memory runs out. Only Linux knows how."""
+    with suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let no signal but SIGKILL in: what comes meanwhile is heard afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def adopt_orphans() -> None:

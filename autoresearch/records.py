@@ -36,11 +36,12 @@ class Arena:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where experiments run. `gpu` and `driver` are empty without a GPU."""
+    """Where experiments run. All but `torch` are empty without a GPU."""
 
     gpu: str
     driver: str
     torch: str
+    uuid: str = ""
 
 
 # -----------------------------------------------------------------------------
@@ -86,10 +87,10 @@ class Crashed:
 
 
 @dataclass(frozen=True)
-class TimedOut:
-    """Killed at the hard limit."""
+class Killed:
+    """By the driver: at the hard limit, or since nothing would come of it any more."""
 
-    limit: float
+    why: str
     seconds: float
     curve: str = ""
 
@@ -101,7 +102,7 @@ class Rejected:
     paths: tuple[str, ...]
 
 
-Outcome = Finished | Crashed | TimedOut | Rejected
+Outcome = Finished | Crashed | Killed | Rejected
 
 # -----------------------------------------------------------------------------
 # What an agent's call left besides its edit
@@ -236,6 +237,7 @@ class Experiment:
     mfu_percent: float | None = None
     gpu: str | None = None
     driver: str | None = None
+    gpu_rate: float | None = None  # dollars an hour
     model: str | None = None
     calls: int | None = None
     turns: int | None = None
@@ -280,19 +282,19 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
                 "tokens_per_second": summary.total_tokens_M * 1e6 / summary.training_seconds,
                 "params_M": summary.num_params_M, "mfu_percent": summary.mfu_percent,
             }  # fmt: skip
-        case Crashed(_, _, seconds, curve) | TimedOut(_, seconds, curve):
+        case Crashed(_, _, seconds, curve) | Killed(_, seconds, curve):
             return {"curve": curve or None, "crash": reason(outcome), "run_seconds": seconds}
         case Rejected():
             return {"crash": reason(outcome), "run_seconds": 0.0}
 
 
-def reason(outcome: Crashed | TimedOut | Rejected) -> str:
+def reason(outcome: Crashed | Killed | Rejected) -> str:
     """Why there is no number, in a line."""
     match outcome:
         case Crashed(why):
             return why
-        case TimedOut(limit):
-            return f"killed at the limit of {limit:g} s"
+        case Killed(why):
+            return f"killed {why}"
         case Rejected(paths):
             return one_line(f"changed more than train.py: {', '.join(p for p in paths if p != EDITABLE)}")
 
@@ -337,6 +339,7 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Data", "data", str, "s"),
     ("Gpu", "gpu", str, "s"),
     ("Gpu-driver", "driver", str, "s"),
+    ("Gpu-usd-per-hour", "gpu_rate", float, ".4f"),
     ("Torch", "torch", str, "s"),
     ("Program", "program", str, "s"),
     ("Tag", "tag", str, "s"),
@@ -398,6 +401,7 @@ class Started:
     machine: Machine
     recorded: int  # experiments that the history already holds
     incumbent: float | None
+    exposed: str  # why train.py runs without isolation; empty when it has it
 
 
 @dataclass(frozen=True)
@@ -450,6 +454,13 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Restored:
+    """A ref that was lost or damaged, and that results.tsv still had the commit of."""
+
+    ref: str
+
+
+@dataclass(frozen=True)
 class Stopped:
     reason: str
     experiments: int  # of this call
@@ -458,5 +469,5 @@ class Stopped:
 
 Event = (
     Chosen | Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting | Dropped
-    | Stopped
+    | Restored | Stopped
 )  # fmt: skip

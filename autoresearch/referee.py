@@ -1,20 +1,17 @@
 """The referee: a model that would be kept is scored once more, by a clean process that runs nothing of train.py."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from autoresearch import process
-from autoresearch.records import Arena, Crashed, Finished
-from autoresearch.trial import environment, reason_of
+from autoresearch.records import Crashed, Finished
+from autoresearch.trial import Track, reason_of
 
 AGREE = 0.0005  # val_bpb between a compiled model in its own process and its exported graph
 
 
-def review(
-    tree: Path, arena: Arena, run: Finished, *, model: Path, limit: float, log: Path, mark: Path
-) -> Finished | Crashed:
+def review(track: Track, run: Finished, *, model: Path, log: Path) -> Finished | Crashed:
     """Have the tree's prepare.py score the exported model on validation and sealed rows, with the same probes.
 
     Returns the run with the referee's scores in the place of its own, which nothing that an agent wrote has touched;
@@ -22,11 +19,10 @@ def review(
     """
     if not model.is_file():
         return Crashed("it left no model for the referee: finish was not called, or not ours", "", run.seconds)
-    command = [sys.executable, "prepare.py", "--judge", str(model)]
-    ended = process.run(command, cwd=tree, env=environment(arena.name), limit=limit, mark=mark, out=log)
+    ended = track.run("prepare.py", "--judge", str(model), log=log)
     end = process.tail(log)
     if ended.code != 0:
-        why = f"took more than {limit:g} s" if ended.code is None else reason_of(ended.code, end)
+        why = f"killed {ended.why}" if ended.code is None else reason_of(ended.code, end)
         return Crashed(f"the referee: {why}", end, run.seconds)
     verdict = json.loads(end.strip().rpartition("\n")[2].removeprefix("judged: "))
     claimed, scored = run.summary.val_bpb, verdict["val_bpb"]

@@ -1,4 +1,4 @@
-"""One training run: process, limit, clock, log -> outcome. Also what the driver asks the machine before the first."""
+"""One training run: process, limits, clock, log -> outcome. Also what the driver asks prepare.py before the first."""
 
 import json
 import math
@@ -9,45 +9,97 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import fields, replace
-from importlib.metadata import version
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from autoresearch import process
-from autoresearch.records import Arena, Crashed, Finished, Machine, Summary, TimedOut, UserError, one_line
+from autoresearch.git import remove_tree
+from autoresearch.isolation import Isolation
+from autoresearch.records import Arena, Crashed, Finished, Killed, Summary, UserError, one_line
 from autoresearch.source import NO_PROGRAM, decode
 
+NO_STEP = 180.0  # seconds without a batch drawn, after which nothing will come of a run
 
-def run_training(
-    tree: Path, arena: Arena, *, seed: int, bar: float, model: Path, limit: float, log: Path, mark: Path
-) -> Finished | Crashed | TimedOut:
-    """Run the tree's train.py under a hard limit in seconds, its output in `log`, and judge how it ended.
+Stamps = dict[str, tuple[int, ...]]
+
+
+@dataclass
+class Track:
+    """Where all trainings of a run happen and what they have in common: the tree that the program is put into, the
+    arena, the hard limit in seconds, the mark of their processes; and what the arena's files were when it was whole."""
+
+    tree: Path
+    arena: Arena
+    seed: int
+    limit: float
+    isolation: Isolation
+    mark: Path
+
+    def __post_init__(self) -> None:
+        self.stamps = stamps(self.arena.folder)
+
+    def run(self, *command: str, log: Path, witness: "Witness | None" = None, **facts: str) -> process.Exit:
+        """Run a Python program of the tree; `facts` are for its environment."""
+        tmp = self.mark / "tmp"
+        remove_tree(tmp)
+        tmp.mkdir()
+        env = self.isolation.environment(tmp) | {
+            "AUTORESEARCH_ARENA": self.arena.name,
+            "AUTORESEARCH_SEED": str(self.seed),
+            "PYTHONUNBUFFERED": "1",
+            **({"CUDA_VISIBLE_DEVICES": ""} if self.arena.name == "demo" else {}),  # sized for a CPU
+            **facts,
+        }
+        try:
+            return process.run(
+                [*self.isolation.prefix, sys.executable, *command], cwd=self.tree, env=env, limit=self.limit,
+                mark=self.mark, out=log, pass_fds=(witness.theirs,) if witness else (),
+                watch=witness.look if witness else str,
+            )  # fmt: skip
+        finally:
+            remove_tree(tmp)
+
+    def mend(self) -> list[str]:
+        """Have the arena's files made again that are not what they were, and name them. To be called when the tree is
+        as it was committed, since its prepare.py does it."""
+        found = stamps(self.arena.folder)
+        altered = sorted(n for n in found.keys() | self.stamps.keys() if found.get(n) != self.stamps.get(n))
+        if altered:
+            for name in altered:
+                (self.arena.folder / name).unlink(missing_ok=True)
+            if prepare_arena(self.tree, self.arena.name) != self.arena:
+                raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
+            self.stamps = stamps(self.arena.folder)
+        return altered
+
+
+def stamps(folder: Path) -> Stamps:
+    """What changes when a file does. The time of the last change (ctime) cannot be set back by who owns the file."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats}
+
+
+def run_training(track: Track, *, bar: float, model: Path, log: Path) -> Finished | Crashed | Killed:
+    """Run the tree's train.py, its output in `log`, and judge how it ended.
 
     A run that scores `bar` or better leaves its exported model. What it claims is held against the driver's own clock
-    and count, and the arena's files must be afterwards what they were before.
+    and count.
     """
     model.unlink(missing_ok=True)
-    witness, before = Witness(), stamps(arena.folder)
-    env = environment(arena.name) | {
-        "AUTORESEARCH_SEED": str(seed),
-        "AUTORESEARCH_BAR": repr(bar),
-        "AUTORESEARCH_MODEL": str(model),
-        "AUTORESEARCH_TICKS": str(witness.theirs),
-    }
-    with witness:
-        ended = process.run(
-            [sys.executable, "train.py"], cwd=tree, env=env, limit=limit, mark=mark, out=log,
-            pass_fds=(witness.theirs,), watch=witness.look,
+    with Witness(log) as witness:
+        ended = track.run(
+            "train.py", log=log, witness=witness, AUTORESEARCH_BAR=repr(bar), AUTORESEARCH_MODEL=str(model),
+            AUTORESEARCH_TICKS=str(witness.theirs),
         )  # fmt: skip
     end, curve = process.tail(log), read_curve(process.tail(log, MAX_LOG))
-    if altered := restore(tree, arena, before):
-        return Crashed(f"changed the arena's files while it ran: {', '.join(altered)}", end, ended.seconds)
     if ended.code is None:
-        return TimedOut(limit, ended.seconds, curve)
+        if witness.diverged:
+            return Crashed(witness.diverged, end, ended.seconds, curve)
+        return Killed(ended.why, ended.seconds, curve)
     if ended.code:
         return Crashed(reason_of(ended.code, end), end, ended.seconds, curve)
     try:
-        summary = read_summary(process.tail(log, 100_000), arena.budget)
+        summary = read_summary(process.tail(log, 100_000), track.arena.budget)
         witness.check(summary)
     except ValueError as error:
         return Crashed(str(error), end, ended.seconds, curve)
@@ -61,65 +113,51 @@ class Witness:
 
     SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self.ours, self.theirs = os.pipe()
         os.set_blocking(self.ours, False)
-        self.seen = b""
-        self.started = self.stopped = 0.0
+        self.starts = self.drawn = self.ends = 0
+        self.last = b""
+        self.started: float | None = None
+        self.stopped = time.monotonic()
+        self.diverged = ""
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> "Witness":
+        return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.ours)
         os.close(self.theirs)
 
-    def look(self) -> None:
+    def look(self) -> str:
+        """Take note of what came by the pipe; returns why the run is doomed, if it is."""
+        now = time.monotonic()
         with suppress(BlockingIOError):
             ticks = os.read(self.ours, 2**16)
-            self.started = self.started if self.seen else time.monotonic()
-            self.stopped = time.monotonic()
-            self.seen = (self.seen + ticks)[: 2**24]
+            self.started, self.stopped = self.started or now, now
+            self.starts, self.drawn, self.ends = (
+                count + ticks.count(tick)
+                for count, tick in ((self.starts, b"("), (self.drawn, b"."), (self.ends, b")"))
+            )
+            self.last = ticks[-1:]
+        if self.last != b")" and now - self.stopped > NO_STEP:
+            return f"since no step was finished in {NO_STEP:g} s"
+        if found := NOT_FINITE.search(process.tail(self.log, MAX_LINE)):
+            self.diverged = f"the loss is not finite: {one_line(found[0])}"
+        return self.diverged
 
     def check(self, summary: Summary) -> None:
         """ValueError when a summary claims what was not seen."""
-        drawn = self.seen.count(b".")
-        if self.seen.count(b"(") != 1 or self.seen.count(b")") != 1:
+        if self.starts != 1 or self.ends != 1:
             raise ValueError("did not start and end its budget once, as the TrainLoader does")
-        if not self.seen.endswith(b")"):
+        if self.last != b")":
             raise ValueError("drew batches after its budget was spent")
-        if summary.num_steps != drawn:
-            raise ValueError(f"claims {summary.num_steps} steps, and drew {drawn} batches")
-        claimed, measured = summary.training_seconds, self.stopped - self.started
+        if summary.num_steps != self.drawn:
+            raise ValueError(f"claims {summary.num_steps} steps, and drew {self.drawn} batches")
+        claimed, measured = summary.training_seconds, self.stopped - (self.started or 0)
         if abs(claimed - measured) > self.SLACK + measured / 200:
             raise ValueError(f"claims {claimed:.1f} s of training, and the driver's clock says {measured:.1f} s")
-
-
-Stamps = dict[str, tuple[int, ...]]
-
-
-def stamps(folder: Path) -> Stamps:
-    """What changes when a file does. The time of the last change (ctime) cannot be set back by who owns the file."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
-    return {name: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats}
-
-
-def restore(tree: Path, arena: Arena, before: Stamps) -> list[str]:
-    """Have the arena's files made again that are not what they were, and name them."""
-    after = stamps(arena.folder)
-    altered = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if altered:
-        for name in altered:
-            (arena.folder / name).unlink(missing_ok=True)
-        if prepare_arena(tree, arena.name) != arena:
-            raise UserError(f"the arena {arena.name} was changed and cannot be made again: take another --tag")
-    return altered
-
-
-def environment(arena: str) -> dict[str, str]:
-    """What a training process inherits. The demo arena is sized for a CPU, and runs on one everywhere."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if arena == "demo" else {}
-    return {**os.environ, "AUTORESEARCH_ARENA": arena, "PYTHONUNBUFFERED": "1", **hidden}
 
 
 def reason_of(code: int, end: str) -> str:
@@ -149,6 +187,7 @@ def check_syntax(path: Path) -> Crashed | None:
 MAX_LOG = 4_000_000  # bytes of the log's end that are searched for progress
 PROGRESS = re.compile(r"([\d.]+)%.*?\bloss\D{0,3}([\d.]{1,12})(?:.*?\b([\d,]{1,15}) tok/s)?")
 MAX_LINE = 300  # characters; what is longer is no line of progress
+NOT_FINITE = re.compile(r"[\d.]+%[^\r\n]*?\bloss\W{0,3}(nan|inf)\b", re.IGNORECASE)
 
 
 def read_curve(log: str) -> str:
@@ -221,19 +260,3 @@ def prepare_arena(tree: Path, name: str) -> Arena:
         return Arena(facts["name"], facts["budget"], facts["data"], Path(facts["folder"]))
     except (ValueError, KeyError, TypeError):
         raise UserError("prepare.py did not end with its line `ready: {...}`: restore it with git") from None
-
-
-def find_machine(arena: str) -> Machine:
-    """Name the GPU that CUDA_VISIBLE_DEVICES puts first, its driver, and torch; UserError when there is none but the
-    arena needs one."""
-    if arena == "demo":
-        return Machine("", "", version("torch"))
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
-        raise UserError(f"{missing}, and every arena but demo needs one: here, try --demo") from None
-    name, _, driver = found.rpartition(", ")
-    return Machine(name, driver, version("torch"))

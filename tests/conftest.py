@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Stands in for the arena where the arena is beside the point: it answers the driver as prepare.py does.
 QUICK_PREPARE = """\
-import json, sys
+import json, pathlib, sys
 if sys.argv[1] == "--judge":
     score = float(open(sys.argv[2]).read())
     print("judged:", json.dumps({"val_bpb": score, "val_bpb_upstream": score, "sealed_bpb": score + 0.1}))
 else:
-    print("ready:", json.dumps({"name": sys.argv[2], "budget": 1.0, "data": "d0", "folder": "nowhere"}))
+    print("ready:", json.dumps({"name": sys.argv[2], "budget": 1.0, "data": "d0",
+          "folder": str(pathlib.Path.home() / "cache" / "quick")}))
 """
 
 # Stands in for training where training is beside the point: it scores what its constant says.
@@ -74,9 +75,9 @@ class Project:
         args = ("--tag", tag, "--arena", "demo", "--agent", agent, "--experiments", str(experiments))
         return self.loop(*args, code=code, timeout=timeout)
 
-    def start(self, agent: str, experiments: int = 1) -> subprocess.Popen[bytes]:
+    def start(self, agent: str, *args: str, experiments: int = 1) -> subprocess.Popen[bytes]:
         """Start a driver to be killed."""
-        command = self.command("--tag", "t", "--arena", "demo", "--agent", agent, "--experiments", str(experiments))
+        command = self.command("--tag=t", "--arena=demo", f"--agent={agent}", f"--experiments={experiments}", *args)
         return subprocess.Popen(command, cwd=self.root, env=self.env, stdout=subprocess.DEVNULL, start_new_session=True)
 
     def git(self, *args: str) -> str:

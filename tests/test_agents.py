@@ -201,7 +201,10 @@ def test_stopped_while_it_waited_for_a_network(project: Project) -> None:
     again = f'[ -e {project.root}/runs/up ] && exec sh -c "{BETTER}"; touch {project.root}/runs/up'
     fake(project, "codex", f"{again}; printf '%s\\n' '{lost}'; sleep 1000")
     said = project.loop("--tag=t", "--arena=demo", "--agent=codex", "--experiments=1", "--agent-timeout=1")
-    assert "codex was stopped after 1 s: Reconnecting... waiting for network" in said and "no experiment" not in said
+    assert (
+        "codex was stopped at the limit of 1 s: Reconnecting... waiting for network" in said
+        and "no experiment" not in said
+    )
     assert [row["status"] for row in project.rows()] == ["keep", "keep"]
 
 

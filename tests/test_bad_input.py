@@ -26,7 +26,7 @@ def one_line(said: str) -> str:
         (["--agent=codex"], 2, "codex is not on the PATH: npm install -g @openai/codex"),
         (["--agent=true", "--model=m"], 2, "--model is for the agents that have one (claude, codex"),
         ([], 2, "no coding agent is installed (claude, codex"),
-        (["--agent=true", "--experiments=-1"], 2, "'-1' is not a whole number"),
+        (["--agent=true", "--experiments=-1"], 2, "'-1' is not a whole number, 0 or more"),
         (["--agent=true", "--hours=nan"], 2, "'nan' is not a positive number"),
         (["--agent=true", "--train-timeout=60"], 2, "at least 120"),
         (["--agent=true", "--what"], 2, "unrecognized arguments: --what"),
@@ -60,7 +60,7 @@ def test_unknown_arena(project: Project) -> None:
     project.git(*COMMIT)
     gpu = project.root.parent / "gpu/nvidia-smi"  # as on a machine that has one
     gpu.parent.mkdir()
-    gpu.write_text("#!/bin/sh\necho A GPU, 1.0\n")
+    gpu.write_text("#!/bin/sh\necho A GPU, 1.0, GPU-1\n")
     gpu.chmod(0o755)
     project.env["PATH"] = f"{gpu.parent}:{project.env['PATH']}"
     said = project.loop("--agent=true", "--arena=moon", code=2)
@@ -131,8 +131,8 @@ def test_what_cannot_be_compared(project: Project, what: str) -> None:
     arena = "other" if what == "arena" else "demo"
     project.env["AUTORESEARCH_SEED"] = "7" if what == "seed" else "42"
     if what == "arena":
-        text = (project.root / "autoresearch/trial.py").read_text()
-        project.write("autoresearch/trial.py", text.replace('if arena == "demo":', "if True:"))
+        text = (project.root / "autoresearch/gpu.py").read_text()
+        project.write("autoresearch/gpu.py", text.replace('if arena == "demo":', "if True:"))
     said = one_line(project.loop("--tag=t", f"--arena={arena}", "--agent=true", code=1))
     assert f"t ran with {what} " in said and "take another --tag" in said
 
@@ -167,7 +167,7 @@ SUMMARY = QUICK_TRAIN[QUICK_TRAIN.index("print") :]
         (SUMMARY.replace("{VAL_BPB:.6f}", "-3.0"), "val_bpb is -3"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "low"), "val_bpb is not a number: low"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "1.0").replace("num_steps", "steps"), "the summary has 0 lines of num_steps"),
-        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+        ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
         ("import sys; sys.exit(3)", "exit code 3 without a word"),
     ],
 )

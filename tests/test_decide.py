@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoresearch.records import Crashed, Finished, Outcome, Rejected, Summary, TimedOut
+from autoresearch.records import Crashed, Finished, Killed, Outcome, Rejected, Summary
 from loop import decide
 
 
@@ -26,7 +26,7 @@ def scored(val_bpb: float) -> Finished:
         (scored(1.0), -9, 1.0, 0.9998, "keep"),  # ... and not
         (scored(1.1), -500, 1.0, 1.0, "discard"),  # worse, however short
         (Crashed("boom", "", 3.0), -5, 1.0, 1.0, "crash"),
-        (TimedOut(600.0, 600.0), -5, 1.0, 1.0, "crash"),
+        (Killed("at the limit of 600 s", 600.0), -5, 1.0, 1.0, "crash"),
         (Rejected(("prepare.py",)), -5, 1.0, 1.0, "crash"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import QUICK_TRAIN, Project
 
+from autoresearch.isolation import find_isolation
+
+needs_namespaces = pytest.mark.skipif(find_isolation().missing != "", reason="this kernel allows no namespaces")
 SCORE = "0.$((1000 - ${AUTORESEARCH_EXPERIMENT#000}))"  # lower each time
 BETTER = f'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = {SCORE}/" train.py; echo $AUTORESEARCH_EXPERIMENT'
 
@@ -21,9 +25,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def kill_when(project: Project, agent: str, ready: Path, signum: int = signal.SIGKILL) -> int:
+def kill_when(project: Project, agent: str, ready: Path, *args: str, signum: int = signal.SIGKILL) -> int:
     """Start a driver, signal it alone once a file exists, and return its exit code."""
-    driver = project.start(agent)
+    driver = project.start(agent, *args)
     wait_for(ready.exists)
     os.kill(driver.pid, signum)
     return driver.wait(timeout=30)
@@ -41,13 +45,26 @@ def test_killed_in_the_middle(project: Project, tmp_path: Path, stage: str) -> N
         "agent": f"echo '# half' >> train.py; {commit}; touch {ready}; setsid sleep 1000 & sleep 1000",
         "training": f'sed -i "1i {nap}" train.py; echo sleepy',
     }
-    assert kill_when(project, agents[stage], ready) == -signal.SIGKILL
+    assert kill_when(project, agents[stage], ready, "--no-isolation") == -signal.SIGKILL
     assert project.processes() != []
     tip = project.git("rev-parse", "autoresearch/t")
     said = project.research(BETTER, experiments=1)
     assert f"put away what was unfinished: {tip[:10]}" in said
     assert project.rows()[:2] == before
     assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep"]
+    project.check()
+
+
+@needs_namespaces
+def test_an_isolated_training_dies_with_its_driver(project: Project, tmp_path: Path) -> None:
+    """Also what left its group, its session and its environment behind, and nobody has to start the driver again."""
+    ready = tmp_path / "ready"
+    hide = f"sh -c '(setsid env -i sleep 999.{os.getpid()} &)'; touch {ready}"
+    (tmp_path / "hide.py").write_text(f"import os, time; os.system({hide!r}); time.sleep(1000)\n")
+    agent = "cat ../../../../hide.py train.py > x; mv x train.py; echo hide"
+    assert kill_when(project, agent, ready) == -signal.SIGKILL
+    wait_for(lambda: not project.processes() and subprocess.run(["pgrep", "-f", f"999.{os.getpid()}"]).returncode)
+    project.research(BETTER)
     project.check()
 
 
@@ -67,7 +84,7 @@ def test_asked_to_stop(project: Project, tmp_path: Path, signum: int) -> None:
     """Training is stopped, the tree put back, the exit code says interrupted; nothing needs mending."""
     ready = tmp_path / "ready"
     agent = f"""sed -i "1i import time; open('{ready}', 'w'); time.sleep(1000)" train.py; echo sleepy"""
-    assert kill_when(project, agent, ready, signum) == 130
+    assert kill_when(project, agent, ready, signum=signum) == 130
     assert [row["status"] for row in project.rows()] == ["keep"]
     project.check()
     project.research(BETTER)
@@ -116,7 +133,7 @@ def test_a_second_driver_is_told_who_holds_the_tag(project: Project, tmp_path: P
     try:
         wait_for(ready.exists)
         said = project.research(BETTER, code=1)
-        assert f"process {driver.pid} " in said and "already running t" in said
+        assert f"process {driver.pid} " in said and "the run t is taken by" in said
         assert f"running, process {driver.pid}" in project.loop("status", "--tag=t")
     finally:
         driver.terminate()

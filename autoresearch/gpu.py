@@ -1,0 +1,73 @@
+"""The GPU that experiments run on: which one, and who else uses it. nvidia-smi is asked, so that the driver needs no
+CUDA of its own."""
+
+import os
+import subprocess
+import time
+from contextlib import suppress
+from importlib.metadata import version
+
+from autoresearch.records import Machine, UserError, one_line
+
+ROOM = 512  # MiB that a desktop may take, or give back, without being called a use
+PATIENCE = 30.0  # seconds in which a killed process gives its memory back
+
+
+def find_machine(arena: str) -> Machine:
+    """Name the GPU that CUDA_VISIBLE_DEVICES puts first, its driver, and torch; UserError when there is none but the
+    arena needs one."""
+    if arena == "demo":
+        return Machine("", "", version("torch"))
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    try:
+        (found,) = query("--query-gpu=name,driver_version,uuid", gpu)
+        name, driver, uuid = found
+    except (OSError, ValueError, subprocess.SubprocessError):
+        missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
+        raise UserError(f"{missing}, and every arena but demo needs one: here, try --demo") from None
+    # After a boot the first program to use CUDA has this tool make its device file, by rights that an isolated training
+    # does not have.
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(["nvidia-modprobe", "-u", "-c=0"], capture_output=True, timeout=60, check=False)
+    return Machine(name, driver, version("torch"), uuid)
+
+
+def query(what: str, gpu: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--id={gpu}", what, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+
+
+def used(machine: Machine) -> int:
+    """MiB of the GPU's memory that are in use; 0 without a GPU."""
+    return megabytes(query("--query-gpu=memory.used", machine.uuid)[0][0]) if machine.gpu else 0
+
+
+def megabytes(cell: str) -> int:
+    return int(cell) if cell.isdecimal() else 0  # "[N/A]" where the system does not tell
+
+
+def users(machine: Machine, idle: int | None = None) -> str:
+    """Who holds memory of the GPU, in words; empty when it is free, which is waited for a little.
+
+    `idle` is what was in use when it was known to be free.
+    """
+    end = time.monotonic() + PATIENCE
+    while (said := holders(machine, idle)) and time.monotonic() < end:
+        time.sleep(0.5)
+    return said
+
+
+def holders(machine: Machine, idle: int | None) -> str:
+    if not machine.gpu:
+        return ""
+    try:
+        apps = query("--query-compute-apps=pid,process_name,used_memory", machine.uuid)
+        taken = sum(megabytes(row[-1]) for row in apps)
+        unknown = 0 if idle is None else used(machine) - idle - taken
+    except (OSError, IndexError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi fails: {one_line(getattr(error, 'stderr', '') or str(error))}"
+    if taken > ROOM:
+        names = ", ".join(f"process {pid} ({' '.join(name)}, {memory} MiB)" for pid, *name, memory in apps)
+        return f"{machine.gpu} is in use by {one_line(names, 300)}"
+    return f"{unknown} MiB of {machine.gpu} are held by no process that nvidia-smi names" if unknown > ROOM else ""

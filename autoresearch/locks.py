@@ -1,0 +1,36 @@
+"""One driver a tag, and one a GPU: locks that die with their process, and say who holds them."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from autoresearch.records import UserError
+
+
+@contextmanager
+def hold(path: Path, what: str, task: str) -> Iterator[None]:
+    """Hold a lock file for this process; UserError that names the holder when there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{what} is taken by {holder(path) or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}, {task}")
+        file.flush()
+        yield
+
+
+def holder(path: Path) -> str | None:
+    """Who holds a lock file now, or None."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return path.read_text() or "another process"

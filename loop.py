@@ -27,7 +27,7 @@ from typing import NoReturn
 from autoresearch import checks, gpu, isolation, locks, prompt, records, source
 from autoresearch.agents import AgentCall, ask, find_agent, spent_on
 from autoresearch.display import Plain, standing
-from autoresearch.git import GitError, Repo
+from autoresearch.git import GitError, Repo, size_of
 from autoresearch.ledger import PROGRAMS, REFS, Ledger, read_history
 from autoresearch.options import parse, whole
 from autoresearch.presets import PRESETS, Agent
@@ -56,6 +56,7 @@ from autoresearch.trial import Track, check_syntax, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
 MODEL = "model.pt2"  # in an experiment's folder
+MAX_PROGRAM = 1_000_000  # bytes of train.py
 REPAIRS = 2  # of one idea that crashed
 STALLS = 5  # agent calls in a row that brought nothing, before there is a pause
 BACKOFF, MAX_BACKOFF = 60.0, 1800.0  # seconds to wait for what may pass by itself, doubled each time
@@ -221,8 +222,8 @@ def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: 
     lab.budget.paid += reply.usage.cost_usd or 0.0
     tree = ledger.worktree()  # once more: the agent may have broken it
     paths = tuple(tree.changed(ledger.branch, base))
-    commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,))
-    plain = (tree.tree / EDITABLE).is_file() and not (tree.tree / EDITABLE).is_symlink()
+    plain = 0 <= size_of(tree.tree / EDITABLE) <= MAX_PROGRAM
+    commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,) if plain else ())
     only = plain and not set(paths) - {EDITABLE}
     fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or not only
     known = ledger.tried.get(source.fingerprint(tree.show(commit, EDITABLE)) or "") if fresh and only else None
@@ -254,7 +255,7 @@ def run(lab: Lab, base: str, edit: Edit, folder: Path, idea: str) -> Outcome:
     if foreign := tuple(path for path in edit.paths if path != EDITABLE):
         return Rejected(foreign)
     if not edit.plain:
-        return Crashed("train.py was removed, or is no longer a plain file", "", 0.0)
+        return Crashed("train.py was removed, is no plain file any more, or has more than 1 MB", "", 0.0)
     return train(lab, base, edit.commit, folder, idea)
 
 

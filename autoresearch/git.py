@@ -146,6 +146,29 @@ class Repo:
             lock.unlink()  # left by a git that was killed
         return own
 
+    def works(self) -> bool:
+        """Whether git still takes this for the repository that it was."""
+        try:
+            return Repo.at(self.tree) == self
+        except GitError:
+            return False
+
+    def put_back(self, name: str, content: bytes) -> None:
+        """Give a file of git's own folder the content that it had; what it has now is put aside."""
+        path = self.common_dir / name
+        if not path.is_file() or path.read_bytes() != content:
+            fresh = path.with_name(f"{name}.new")
+            fresh.write_bytes(content)
+            if path.exists():
+                path.rename(path.with_name(f"{name}-aside-{time.time_ns()}"))
+            fresh.rename(path)
+
+    def clear(self, branch: str) -> None:
+        """Remove what stands in the way of a branch: a ref that is broken, or branches below its name."""
+        self.discard_broken(f"refs/heads/{branch}")
+        for ref, _, _ in self.messages(f"refs/heads/{branch}/"):
+            self.git("update-ref", "-d", ref)
+
     def unlock(self, *refs: str) -> None:
         """Remove what a killed git left of its locks on refs that nobody else writes; a pattern may hold a `*`."""
         for lock in (lock for ref in refs for lock in self.common_dir.glob(f"{ref}.lock")):
@@ -250,9 +273,9 @@ def read_worktree(path: Path, common_dir: Path) -> Repo | None:
         return None
 
 
-def size_of(path: Path) -> int | None:
-    """Bytes of a plain file; None of anything else."""
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+def size_of(path: Path) -> int:
+    """Bytes of a plain file; -1 for anything else."""
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
 
 
 def make_accessible(tree: Path) -> None:

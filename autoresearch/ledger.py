@@ -30,6 +30,7 @@ class Ledger:
         self.in_flight = self.folder / "in-flight"
         self.table = checkout.tree / "results.tsv"
         self.history = read_history(checkout, tag)
+        self.git_files = {name: (checkout.common_dir / name).read_bytes() for name in ("config", "HEAD")}
 
     def reload(self) -> list[str]:
         """Read the record again. A ref that was lost or damaged is made again from the commit that results.tsv has of
@@ -86,9 +87,22 @@ class Ledger:
         return min((e for _, e in self.kept), key=lambda e: math.inf if e.val_bpb is None else e.val_bpb, default=None)
 
     def worktree(self) -> Repo:
-        """Open the worktree, made again if somebody broke it, and without the locks of a git that was killed."""
+        """Open the worktree, made again if somebody broke it, and without the locks of a git that was killed. Where git
+        itself does not work any more, its two files are what they were at the start."""
         self.checkout.unlock(f"refs/heads/{self.branch}", f"{REFS}/{self.tag}/*")
-        return self.checkout.worktree(self.folder / "tree", self.branch, self.base)
+        for name, content in self.git_files.items():
+            if not self.checkout.works():
+                self.checkout.put_back(name, content)
+        try:
+            return self.open_tree()
+        except GitError:
+            self.checkout.clear(self.branch)
+            return self.open_tree()
+
+    def open_tree(self) -> Repo:
+        tree = self.checkout.worktree(self.folder / "tree", self.branch, self.base)
+        tree.git("update-ref", f"refs/heads/{self.branch}", self.base)
+        return tree
 
     def stand(self) -> None:
         """Put branch and worktree on the base, and remove everything else from the tree."""

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,38 @@ def test_nohup(project: Project, tmp_path: Path) -> None:
     time.sleep(0.2)
     go.touch()
     assert driver.wait(timeout=30) == 0
+    project.check()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("effect", "number"),
+    [
+        ("ref", 1),  # of the baseline
+        ("reset", 7),  # of the tree, for the agent
+        ("agent", 1),
+        ("commit", 2),
+        ("train", 2),
+        ("referee", 2),
+        ("amend", 4),
+        ("ref", 2),
+        ("row", 2),
+        ("reset", 10),  # onto the incumbent
+    ],
+)
+def test_killed_at_every_effect(project: Project, effect: str, number: int, when: str) -> None:
+    """What has a ref is finished, and has one row; the rest has not happened, and happens when the driver is back."""
+    args = ("--tag=t", "--arena=demo", f"--agent={BETTER}", "--experiments=2")
+    command = [sys.executable, str(Path(__file__).with_name("kill_at.py")), effect, when, str(number), *args]
+    assert subprocess.run(command, cwd=project.root, env=project.env).returncode == -signal.SIGKILL
+    finished = len(project.git("for-each-ref", "refs/autoresearch/t").splitlines())
+    recorded = effect == "row" or (effect, when) == ("ref", "after") or (effect, number) == ("reset", 10)
+    assert finished == (number > 1 or effect == "agent") + recorded
+    project.research(BETTER, experiments=2 - max(finished - 1, 0))
+    kept = [(row["experiment"], row["status"], row["val_bpb"], row["description"]) for row in project.rows()]
+    assert kept == [("0", "keep", "1.000000", "baseline")] + [
+        (str(i), "keep", f"0.{1000 - i}000", f"{i:04d}") for i in (1, 2)
+    ]
     project.check()
 
 

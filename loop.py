@@ -272,6 +272,7 @@ def train(lab: Lab, base: str, commit: str, folder: Path, idea: str) -> Outcome:
     model, log = folder / MODEL, folder / "run.log"
     bar = math.inf if ledger.incumbent_bpb is None else ledger.incumbent_bpb + TIE
     ended = run_training(lab.track, bar=bar, model=model, log=log)
+    tree = ledger.worktree()  # once more: the program may have broken it
     altered = [path for path, _ in tree.altered(commit)]
     tree.reset(ledger.branch, commit)  # what the program left there was not the agent's doing
     altered += [f"{lab.track.arena.name}/{name}" for name in lab.track.mend()]

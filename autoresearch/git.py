@@ -17,6 +17,8 @@ OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c",
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
             for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
 
+MAX_FILE = 100_000_000  # bytes of a file of the tree that are read at all
+
 
 class GitError(Exception):
     """A git command that failed, with everything it said."""
@@ -112,11 +114,15 @@ class Repo:
         out = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *paths)
         return [entry[3:] for entry in out.split("\0") if entry]
 
-    def altered(self, commit: str) -> list[tuple[str, str]]:
-        """(path, blob) of each file of a commit that is not in the tree byte for byte, whatever filters git applies."""
+    def blobs(self, commit: str) -> dict[str, tuple[str, int]]:
+        """Hash and size of each plain file of a commit."""
         entries = [entry.split("\t", 1) for entry in self.git("ls-tree", "-r", "-l", "-z", commit).split("\0") if entry]
         plain = (entry for entry in entries if entry[0].startswith("100") and not {"\n", "\ufffd"} & set(entry[1]))
-        blobs = {path: (facts.split()[2], int(facts.split()[3])) for facts, path in plain}
+        return {path: (facts.split()[2], int(facts.split()[3])) for facts, path in plain}
+
+    def altered(self, commit: str) -> list[tuple[str, str]]:
+        """(path, blob) of each file of a commit that is not in the tree byte for byte, whatever filters git applies."""
+        blobs = self.blobs(commit)
         # by size first, since hashing a file that somebody blew up to a terabyte would take the night
         present = [path for path, (_, size) in blobs.items() if size_of(self.tree / path) == size]
         names = "".join(f"{path}\n" for path in present)
@@ -201,6 +207,9 @@ class Repo:
         """Every path that differs from `base`: edited, deleted, new, or committed by somebody else meanwhile."""
         make_accessible(self.tree)
         self.attach(branch, base)
+        for path, (_, size) in self.blobs(base).items():
+            if size_of(self.tree / path) > max(size, MAX_FILE):
+                (self.tree / path).unlink()  # changed it is, and comparing a terabyte would take the night
         edited = self.git("diff", "--name-only", "-z", "--no-renames", "--no-ext-diff", base)
         new = self.git("ls-files", "--others", "--exclude-standard", "-z")
         return sorted({path for path in (edited + new).split("\0") if path})
@@ -230,8 +239,14 @@ class Repo:
         """Put branch and tree back to a commit and remove everything else, ignored files included."""
         make_accessible(self.tree)
         self.attach(branch, commit)
-        self.git("reset", "--quiet", "--hard", commit)
-        self.git("clean", "--quiet", "-ffdx")
+        try:
+            self.git("reset", "--quiet", "--hard", commit)
+            self.git("clean", "--quiet", "-ffdx")
+        except GitError:  # folders deeper than git can go
+            for entry in self.tree.iterdir():
+                if entry.name != ".git":
+                    remove_tree(entry)
+            self.git("reset", "--quiet", "--hard", commit)
         for path, blob in self.altered(commit):  # by a filter that somebody put into git's own folder
             (self.tree / path).write_bytes(git_bytes(*self.where, "cat-file", "blob", blob))
 

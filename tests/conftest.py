@@ -5,10 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from autoresearch.isolation import find_isolation
+from autoresearch.records import Experiment, parse_message
 
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
 VISIBLE_GPUS = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
@@ -88,6 +93,12 @@ class Project:
     def write(self, name: str, text: str) -> None:
         (self.root / name).write_text(text)
 
+    def patch(self, name: str, old: str, new: str) -> None:
+        """Change a constant of this copy of the driver, for a shorter test."""
+        text = (self.root / name).read_text()
+        assert old in text
+        self.write(name, text.replace(old, new))
+
     def rows(self) -> list[dict[str, str]]:
         header, *lines = (self.root / "results.tsv").read_text().splitlines()
         return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
@@ -157,6 +168,31 @@ def project(tmp_path: Path) -> Project:
     (root / "prepare.py").write_text(QUICK_PREPARE)
     (root / "train.py").write_text(QUICK_TRAIN)
     return commit_all(Project(root.resolve(), clean_environment(home)))
+
+
+@pytest.fixture
+def impatient(project: Project) -> Project:
+    """A driver whose waits and limits take seconds."""
+    project.patch("loop.py", "BACKOFF, MAX_BACKOFF = 60.0, 1800.0", "BACKOFF, MAX_BACKOFF = 0.5, 1.0")
+    project.patch("loop.py", "max(120.0, 2 * arena.budget)", "3.0")
+    project.patch("autoresearch/process.py", "GRACE = 5.0", "GRACE = 0.2")
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "limits for the test")
+    return project
+
+
+def experiment(project: Project, number: int, tag: str = "t") -> Experiment:
+    """What git holds of an experiment."""
+    return parse_message(project.git("log", "-1", "--format=%B", f"refs/autoresearch/{tag}/{number:04d}"))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+needs_namespaces = pytest.mark.skipif(find_isolation().missing != "", reason="this kernel allows no namespaces")
 
 
 def make_real_project(folder: Path, cache: Path, budget: float) -> Project:

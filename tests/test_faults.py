@@ -5,34 +5,7 @@ import subprocess
 import pytest
 from conftest import Project
 
-from autoresearch.isolation import find_isolation
-from autoresearch.records import Experiment, parse_message
-
 NEXT = """echo "NEXT = '$AUTORESEARCH_EXPERIMENT'" >> train.py; echo go on"""
-needs_namespaces = pytest.mark.skipif(find_isolation().missing != "", reason="this kernel allows no namespaces")
-
-
-def patch(project: Project, name: str, old: str, new: str) -> None:
-    """Change a constant of the project's copy of the driver, for a shorter test."""
-    text = (project.root / name).read_text()
-    assert old in text
-    project.write(name, text.replace(old, new))
-
-
-@pytest.fixture
-def impatient(project: Project) -> Project:
-    """A driver whose waits and limits take seconds."""
-    patch(project, "loop.py", "BACKOFF, MAX_BACKOFF = 60.0, 1800.0", "BACKOFF, MAX_BACKOFF = 0.5, 1.0")
-    patch(project, "loop.py", "max(120.0, 2 * arena.budget)", "3.0")
-    patch(project, "autoresearch/process.py", "GRACE = 5.0", "GRACE = 0.2")
-    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "limits for the test")
-    return project
-
-
-def experiment(project: Project, number: int) -> Experiment:
-    return parse_message(project.git("log", "-1", "--format=%B", f"refs/autoresearch/t/{number:04d}"))
-
-
 DEEP = 'python3 -c \'import os\nfor _ in range(3000): os.mkdir("d"); os.chdir("d")\''
 FAULTS = {
     "hang": "trap '' INT TERM HUP; while :; do sleep 0.1; done",
@@ -40,7 +13,7 @@ FAULTS = {
     "daemonize": "setsid sh -c 'setsid env -i sleep 998 & sleep 998' & setsid sleep 998; sleep 998",
     "flood": "yes",
     "write into .git": "g=$(git rev-parse --git-common-dir); for f in config HEAD; do echo junk > $g/$f; done;"
-    "mkdir -p $g/hooks; printf '#!/bin/sh\nexit 1' > $g/hooks/reference-transaction; chmod +x $g/hooks/*; touch $g/packed-refs.lock",
+    "mkdir -p $g/hooks; printf '#!/bin/sh\nexit 1' > $g/hooks/reference-transaction; chmod +x $g/hooks/*",
     "make git bare": "git config core.bare true; git config core.worktree /nowhere",
     "commit": "echo x > new; git add -A; git -c user.name=a -c user.email=a@b commit -qm mine; git tag mine",
     "delete the worktree": 'cd /; rm -rf "$OLDPWD"',

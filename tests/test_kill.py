@@ -6,24 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import QUICK_TRAIN, Project
+from conftest import QUICK_TRAIN, Project, needs_namespaces, wait_for
 
-from autoresearch.isolation import find_isolation
-
-needs_namespaces = pytest.mark.skipif(find_isolation().missing != "", reason="this kernel allows no namespaces")
 SCORE = "0.$((1000 - ${AUTORESEARCH_EXPERIMENT#000}))"  # lower each time
 BETTER = f'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = {SCORE}/" train.py; echo $AUTORESEARCH_EXPERIMENT'
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def kill_when(project: Project, agent: str, ready: Path, *args: str, signum: int = signal.SIGKILL) -> int:

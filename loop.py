@@ -395,9 +395,9 @@ def start(options: argparse.Namespace) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # gigabytes each
     machine = gpu.find_machine(options.arena)
-    if not Ledger(checkout, options.tag).history:
-        checks.check_committed(checkout)
     ledger = Ledger(checkout, options.tag)
+    if ledger.is_new():
+        checks.check_committed(checkout)
     with locks.hold(ledger.lock, f"the run {options.tag}", "its driver"):
         reconcile(checkout, ledger, show)
         show(records.Preparing(options.arena))
@@ -498,5 +498,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def let_go() -> None:
+    """Where the terminal went away, write the rest to nowhere, or Python would end with an error of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    let_go()
+    sys.exit(code)

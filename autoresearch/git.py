@@ -69,6 +69,10 @@ class Repo:
         records = [record.lstrip("\n").split("\0") for record in out.split("\0\0") if record.strip()]
         return [(ref, commit, text) for ref, commit, text in records]
 
+    def refs(self, prefix: str) -> list[str]:
+        """The names of the refs at or under a prefix, whether or not they stand for something."""
+        return self.git("for-each-ref", "--format=%(refname)", prefix).split()
+
     def message(self, commit: str) -> str:
         return self.git("log", "-1", "--format=%B", commit)
 
@@ -144,6 +148,7 @@ class Repo:
         if own is None:
             remove_tree(path)
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.forget_moved(branch)
             self.succeeds("worktree", "remove", "--force", "--force", str(path))  # what git remembers, even if locked
             self.git("worktree", "add", "--quiet", "--force", "-B", branch, str(path), start)
             own = read_worktree(path, self.common_dir)
@@ -151,6 +156,16 @@ class Repo:
         for lock in own.git_dir.glob("*.lock"):
             lock.unlink()  # left by a git that was killed
         return own
+
+    def forget_moved(self, branch: str) -> None:
+        """Drop what git remembers of worktrees on a branch that are not there, say since the project was moved."""
+        for entry in (self.common_dir / "worktrees").glob("*"):
+            with suppress(OSError):
+                link = Path((entry / "gitdir").read_text().strip())
+                if (entry / "HEAD").read_text().strip() == f"ref: refs/heads/{branch}" and (
+                    not link.is_file() or link.read_text().strip() != f"gitdir: {entry}"
+                ):
+                    remove_tree(entry)
 
     def works(self) -> bool:
         """Whether git still takes this for the repository that it was."""

@@ -19,7 +19,7 @@ PROGRAMS = "refs/autoresearch-program"  # every program.md that was ever in forc
 
 class Ledger:
     """What one tag has: its record, its branch, its folder with the worktree. `history` holds (commit, experiment),
-    oldest first; the baseline is its first."""
+    oldest first, once `reload` has read it; the baseline is its first."""
 
     def __init__(self, checkout: Repo, tag: str):
         self.checkout = checkout
@@ -29,8 +29,11 @@ class Ledger:
         self.lock = self.folder / "lock"
         self.in_flight = self.folder / "in-flight"
         self.table = checkout.tree / "results.tsv"
-        self.history = read_history(checkout, tag)
+        self.history: list[tuple[str, Experiment]] = []
         self.git_files = {name: (checkout.common_dir / name).read_bytes() for name in ("config", "HEAD")}
+
+    def is_new(self) -> bool:
+        return not self.checkout.refs(f"{REFS}/{self.tag}")
 
     def reload(self) -> list[str]:
         """Read the record again. A ref that was lost or damaged is made again from the commit that results.tsv has of
@@ -38,7 +41,7 @@ class Ledger:
         git, restored = self.checkout, []
         broken = git.discard_broken(REFS)
         git.discard_broken(f"refs/heads/{self.branch}")  # it follows from the record
-        present = {ref for ref, _, _ in git.messages(REFS)}
+        present = set(git.refs(REFS))
         tags = {ref.split("/")[2] for ref in present.union(broken)}
         table = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
         for commit, *_, tag, number, _, _, _ in (

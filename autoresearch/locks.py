@@ -13,14 +13,13 @@ from autoresearch.records import UserError
 def hold(path: Path, what: str, task: str) -> Iterator[None]:
     """Hold a lock file for this process; UserError that names the holder when there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    path.touch()
+    with path.open() as file:  # for reading, since what is open for writing keeps a disk from being unmounted
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{what} is taken by {holder(path) or 'another process'}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}, {task}")
-        file.flush()
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}, {task}")
         yield
 
 

@@ -171,7 +171,8 @@ int clock_gettime(clockid_t clock, struct timespec *ts) {
     static int (*real)(clockid_t, struct timespec *);
     if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
     int result = real(clock, ts);
-    if (clock == CLOCK_REALTIME && getenv("JUMP") && !access(getenv("JUMP_WHEN"), F_OK)) ts->tv_sec += atoi(getenv("JUMP"));
+    char *jump = getenv("JUMP"), *when = getenv("JUMP_WHEN");
+    if (clock == CLOCK_REALTIME && jump && !access(when, F_OK)) ts->tv_sec += atoi(jump);
     return result;
 }
 """
@@ -219,17 +220,18 @@ def on_a_small_disk(project: Project, agent: str, meanwhile: str) -> str:
 
 
 def rows_that(count: int) -> str:
-    return f"while [ $(wc -l < results.tsv) -lt {count + 2} ]; do sleep 0.02; done 2> /dev/null"
+    return f'until [ "$(cat results.tsv 2> /dev/null | wc -l)" -ge {count + 2} ]; do sleep 0.02; done'
 
 
 @needs_namespaces
 @pytest.mark.parametrize("who", ["agent", "training"])
 def test_a_process_that_fills_the_disk(impatient: Project, who: str) -> None:
-    fill = "fallocate -l 90M big && sleep 100"
+    fill = "head -c 90M /dev/zero > big; sleep 100"
     (impatient.root.parent / "head.py").write_text(f"import os; os.system({fill!r})\n")
     head = f"cat {impatient.root.parent}/head.py train.py > x; mv x train.py; echo fill"
     said = on_a_small_disk(impatient, once(impatient, fill if who == "agent" else head), "")
-    assert "since the disk was full: " in said
+    full = "since the disk was full: " if who == "training" else "changed more than train.py: big"
+    assert full in said
     assert [row["experiment"] for row in impatient.rows()] == ["0", "1", "2", "3", "4", "5"]
     impatient.research(NEXT)
     impatient.check()
@@ -240,7 +242,10 @@ def test_a_process_that_fills_the_disk(impatient: Project, who: str) -> None:
     ("happens", "words"),
     [
         ("fallocate -l 90M ../other; sleep 2; rm ../other", "MB are free on the disk of"),
-        ("until mount -o remount,ro ..; do sleep 0.01; done; sleep 2; mount -o remount,rw ..", "ead-only file system"),
+        (
+            "until mount -o remount,ro .. 2> /dev/null; do sleep 0.01; done; sleep 2; mount -o remount,rw ..",
+            "ead-only file system",
+        ),
     ],
 )
 def test_a_disk_that_is_full_or_read_only_for_a_while(impatient: Project, happens: str, words: str) -> None:
@@ -269,7 +274,7 @@ if sys.argv[1] != "--judge" and not os.path.exists({str(data)!r}):
     train = (impatient.root / "train.py").read_text()
     impatient.write("train.py", train + f"open({str(data)!r})\n")
     impatient.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "data")
-    said = impatient.research(once(impatient, f"rm {data}; {'touch ' + str(refuse) if gone else ''}; {NEXT}"), 3)
+    said = impatient.research(once(impatient, f"rm {data}; {'touch ' + str(refuse) if gone else 'true'}; {NEXT}"), 3)
     assert ("waiting until" in said) == gone
     assert [row["status"] for row in impatient.rows()] == ["keep", "discard", "discard", "discard"]
     impatient.check()

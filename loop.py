@@ -75,7 +75,7 @@ class Budget:
     hours: float = math.inf
     dollars: float = math.inf
     gpu_rate: float = 0.0  # dollars an hour, from the start to the end
-    done: int = 0
+    done: int = 0  # experiments, the baseline not counted
     paid: float = 0.0  # dollars, for the agent
     start: float = field(default_factory=clock)
 
@@ -122,7 +122,7 @@ def research(lab: Lab) -> str:
     while (spent := lab.budget.spent()) is None:
         match trouble := step(lab, told, afresh=pauses > 0):
             case None:
-                lab.budget.done, stalls, pauses, told = lab.budget.done + 1, 0, 0, ""
+                stalls, pauses, told = 0, 0, ""
                 continue
             case Failed(why):
                 stalls, told = stalls + 1, f"{why} (call {stalls + 1} in a row that brought nothing)"
@@ -321,6 +321,7 @@ def settle(
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
         )  # fmt: skip
         final = ledger.record(recorded, base, commit)
+    lab.budget.done += recorded.number > 0
     for model in ledger.folder.glob(f"*/{MODEL}"):  # large, and only the incumbent's is worth its room
         if (model.parent.name == f"{recorded.number:04d}") != (recorded.status == "keep"):
             model.unlink()

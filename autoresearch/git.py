@@ -24,7 +24,8 @@ class GitError(Exception):
     """A git command that failed, with everything it said."""
 
     def __init__(self, command: tuple[str, ...], code: int, out: str, err: str):
-        super().__init__(f"git {' '.join(command)}: exit {code}: {(err or out).strip()}")
+        verb = next((word for word in command if not word.startswith("-")), "")
+        super().__init__(f"git {verb}: {(err or out).strip()} (exit {code} of `git {' '.join(command)}`)")
         self.code = code
         self.err = err
 

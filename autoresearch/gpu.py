@@ -22,7 +22,7 @@ def find_machine(arena: str) -> Machine:
     try:
         (found,) = query("--query-gpu=name,driver_version,uuid", gpu)
         name, driver, uuid = found
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, ValueError):
         missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
         raise UserError(f"{missing}, and every arena but demo needs one: here, try --demo") from None
     # After a boot the first program to use CUDA has this tool make its device file, by rights that an isolated training
@@ -33,14 +33,19 @@ def find_machine(arena: str) -> Machine:
 
 
 def query(what: str, gpu: str) -> list[list[str]]:
+    """Ask nvidia-smi for rows of cells; OSError when it has no answer."""
     command = ["nvidia-smi", f"--id={gpu}", what, "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except subprocess.SubprocessError as error:
+        said = getattr(error, "stdout", "") or getattr(error, "stderr", "") or str(error)
+        raise OSError(f"nvidia-smi fails: {one_line(str(said), 300)}") from None
     return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
 def used(machine: Machine) -> int:
     """MiB of the GPU's memory that are in use; 0 without a GPU."""
-    return megabytes(query("--query-gpu=memory.used", machine.uuid)[0][0]) if machine.gpu else 0
+    return sum(megabytes(row[0]) for row in query("--query-gpu=memory.used", machine.uuid)) if machine.gpu else 0
 
 
 def megabytes(cell: str) -> int:
@@ -65,8 +70,8 @@ def holders(machine: Machine, idle: int | None) -> str:
         apps = query("--query-compute-apps=pid,process_name,used_memory", machine.uuid)
         taken = sum(megabytes(row[-1]) for row in apps)
         unknown = 0 if idle is None else used(machine) - idle - taken
-    except (OSError, IndexError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi fails: {one_line(getattr(error, 'stderr', '') or str(error))}"
+    except OSError as error:
+        return str(error)
     if taken > ROOM:
         names = ", ".join(f"process {pid} ({' '.join(name)}, {memory} MiB)" for pid, *name, memory in apps)
         return f"{machine.gpu} is in use by {one_line(names, 300)}"

@@ -166,7 +166,7 @@ CHEATS = [
     ),
     Cheat(
         "writes to the cache",
-        r"changed the arena's files while it ran: val-\w+-rows\.npy",
+        r"changed files while it ran: demo/val-\w+-rows\.npy",
         ended("import subprocess\npath = next(ARENA.folder.glob('val-*-rows.npy'))\n"
               "subprocess.run(['truncate', '--size=-2', path])\nsubprocess.run(['truncate', '--size=+2', path])"),
     ),

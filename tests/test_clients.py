@@ -110,7 +110,7 @@ def test_an_edit_that_is_discarded(project: Project, client: str, play: Play) ->
 
 def test_another_file(project: Project, client: str, play: Play) -> None:
     """Claude Code refuses the edit itself; Codex makes it, and it is never trained."""
-    play(always(BETTER, Change("prepare.py", "import json, sys", "import sys, json"), DONE))
+    play(always(BETTER, Change("prepare.py", "import json, pathlib, sys", "import sys, json"), DONE))
     project.research(client)
     e = recorded(project)
     if client == "claude":

@@ -135,7 +135,7 @@ def test_killed_at_random(project: Project) -> None:
     rng = random.Random(0)
     for _ in range(15):
         driver = project.start(BETTER, experiments=9)
-        time.sleep(rng.uniform(0.2, 1.2))
+        time.sleep(rng.uniform(0.3, 2.5))
         driver.kill()
         driver.wait()
         lines = project.root / "results.tsv"

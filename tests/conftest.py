@@ -174,7 +174,7 @@ def project(tmp_path: Path) -> Project:
 def impatient(project: Project) -> Project:
     """A driver whose waits and limits take seconds."""
     project.patch("loop.py", "BACKOFF, MAX_BACKOFF = 60.0, 1800.0", "BACKOFF, MAX_BACKOFF = 0.5, 1.0")
-    project.patch("loop.py", "max(120.0, 2 * arena.budget)", "3.0")
+    project.patch("loop.py", "max(120.0, 2 * arena.budget)", "5.0")
     project.patch("autoresearch/process.py", "GRACE = 5.0", "GRACE = 0.2")
     project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "limits for the test")
     return project

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import QUICK_TRAIN, Project, needs_namespaces, wait_for
 
-SCORE = "0.$((1000 - ${AUTORESEARCH_EXPERIMENT#000}))"  # lower each time
+SCORE = "0.$((11000 - 1$AUTORESEARCH_EXPERIMENT))"  # lower each time
 BETTER = f'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = {SCORE}/" train.py; echo $AUTORESEARCH_EXPERIMENT'
 
 

@@ -207,7 +207,7 @@ def experiment(lab: Lab) -> Iterator[tuple[str, Path]]:
     finally:
         with uninterrupted():
             ledger.stand()
-            ledger.in_flight.unlink()
+            ledger.in_flight.unlink(missing_ok=True)
 
 
 def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:

@@ -1,6 +1,7 @@
 """The one door to git: the verbs on one working tree."""
 
 import os
+import re
 import subprocess
 import time
 from contextlib import suppress
@@ -177,18 +178,31 @@ class Repo:
 
     def put_back(self, name: str, content: bytes) -> None:
         """Give a file of git's own folder the content that it had; what it has now is put aside."""
-        path = self.common_dir / name
-        if not path.is_file() or path.read_bytes() != content:
+        path = self.common_dir / name if name == "config" else self.git_dir / name
+        if self.is_damaged(path):
             fresh = path.with_name(f"{name}.new")
             fresh.write_bytes(content)
             if path.exists():
                 path.rename(path.with_name(f"{name}-aside-{time.time_ns()}"))
             fresh.rename(path)
 
+    def is_damaged(self, path: Path) -> bool:
+        """Whether git cannot use its `config` or `HEAD`, or is told there that this is no working tree."""
+        if not path.is_file():
+            return True
+        if path.name == "HEAD":
+            return not re.match(r"ref: refs/|[0-9a-f]{40}", path.read_text(errors="replace"))
+        try:
+            settings = run_git("config", "--file", str(path), "--list", env={"GIT_CONFIG_GLOBAL": os.devnull})
+        except GitError:
+            return True
+        return bool(re.search(r"^core\.(bare=true|worktree=)", settings, re.MULTILINE))
+
     def clear(self, branch: str) -> None:
-        """Remove what stands in the way of a branch: a ref that is broken, or branches below its name."""
+        """Put aside what stands in the way of a branch: a ref that is broken, or branches below its name."""
         self.discard_broken(f"refs/heads/{branch}")
-        for ref, _, _ in self.messages(f"refs/heads/{branch}/"):
+        for ref, commit, _ in self.messages(f"refs/heads/{branch}/"):
+            self.git("update-ref", f"refs/autoresearch-aside/{ref.removeprefix('refs/heads/')}", commit)
             self.git("update-ref", "-d", ref)
 
     def unlock(self, *refs: str) -> None:
@@ -199,6 +213,8 @@ class Repo:
     def discard_broken(self, prefix: str) -> list[str]:
         """Remove the refs at or under a prefix that stand for no object, so that they can be made again. git itself
         refuses to touch them. Returns their names."""
+        if not self.works():  # or a git that fails for another reason would make every ref look broken
+            return []
         top = self.common_dir / prefix
         files = [
             file for file in (top.rglob("*") if top.is_dir() else [top]) if file.is_file() and file.suffix != ".lock"
@@ -208,8 +224,12 @@ class Repo:
             listed = {ref for ref, _, _ in self.messages(prefix)}
             names = {name: file for name, file in names.items() if name not in listed}
         broken = {name: file for name, file in names.items() if not self.succeeds("cat-file", "-e", name)}
-        for file in broken.values():
-            file.unlink()
+        if not self.works():
+            return []
+        for name, file in broken.items():
+            aside = self.common_dir / "autoresearch-aside" / f"{name}-{time.time_ns()}"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(aside)
         return sorted(broken)
 
     def attach(self, branch: str, commit: str) -> None:

@@ -30,7 +30,9 @@ class Ledger:
         self.in_flight = self.folder / "in-flight"
         self.table = checkout.tree / "results.tsv"
         self.history: list[tuple[str, Experiment]] = []
-        self.git_files = {name: (checkout.common_dir / name).read_bytes() for name in ("config", "HEAD")}
+        self.git_files = {
+            "config": (checkout.common_dir / "config").read_bytes(), "HEAD": (checkout.git_dir / "HEAD").read_bytes()
+        }  # fmt: skip
 
     def is_new(self) -> bool:
         return not self.checkout.refs(f"{REFS}/{self.tag}")
@@ -51,7 +53,10 @@ class Ledger:
             if tag in tags and ref not in present and git.allows(ref) and is_experiment(git, commit, tag, number):
                 git.create(ref, git.resolve(commit) or commit)
                 restored.append(ref)
-        self.history = read_history(git, self.tag)
+        found = read_history(git, self.tag)
+        if self.history and not found:
+            raise UserError(f"the record of {self.tag} is gone from git while it runs; its hashes are in results.tsv")
+        self.history = found
         return restored
 
     @property

@@ -24,7 +24,10 @@ def review(track: Track, run: Finished, *, model: Path, log: Path) -> Finished |
     if ended.code != 0:
         why = f"killed {ended.why}" if ended.code is None else reason_of(ended.code, end)
         return Crashed(f"the referee: {why}", end, run.seconds)
-    verdict = json.loads(end.strip().rpartition("\n")[2].removeprefix("judged: "))
+    judged = [line for line in end.splitlines() if line.startswith("judged: ")]  # a library may have the last word
+    if not judged:
+        return Crashed("the referee: ended without a verdict", end, run.seconds)
+    verdict = json.loads(judged[-1].removeprefix("judged: "))
     claimed, scored = run.summary.val_bpb, verdict["val_bpb"]
     if abs(claimed - scored) > AGREE:
         return Crashed(f"claims val_bpb {claimed:.6f}, and the referee scores its model {scored:.6f}", end, run.seconds)

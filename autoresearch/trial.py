@@ -187,7 +187,7 @@ def check_syntax(path: Path) -> Crashed | None:
 MAX_LOG = 4_000_000  # bytes of the log's end that are searched for progress
 PROGRESS = re.compile(r"([\d.]+)%.*?\bloss\D{0,3}([\d.]{1,12})(?:.*?\b([\d,]{1,15}) tok/s)?")
 MAX_LINE = 300  # characters; what is longer is no line of progress
-NOT_FINITE = re.compile(r"[\d.]+%[^\r\n]*?\bloss\W{0,3}(nan|inf)\b", re.IGNORECASE)
+NOT_FINITE = re.compile(r"[\d.]+%(?:(?!\bloss)[^\r\n])*\bloss\W{0,3}(nan|inf)\b", re.IGNORECASE)
 
 
 def read_curve(log: str) -> str:

@@ -110,6 +110,7 @@ def test_a_doomed_run_is_cut_short(impatient: Project, head: str, reason: str, r
         ("step 3  50.0%  loss: -inf  81,200 tok/s", True),
         ("step 3  50.0%  loss 1.5  info", False),
         ("step 3  50.0%  loss information", False),
+        ("step 0  0.0%  loss 9.01  best val loss: inf", False),
         ("loss nan is what we fear", False),
     ],
 )

@@ -98,7 +98,7 @@ def test_dollars_that_nobody_counts(project: Project) -> None:
 def test_a_doomed_run_is_cut_short(impatient: Project, head: str, reason: str, repairs: int) -> None:
     impatient.patch("autoresearch/trial.py", "NO_STEP = 180.0", "NO_STEP = 1.0")
     (impatient.root.parent / "head.py").write_text(head + "\n")
-    impatient.research(f"if [ $AUTORESEARCH_ATTEMPT = 0 ]; then {TRAIN}; else date +%N >> train.py; fi")
+    impatient.research(f"if [ $AUTORESEARCH_ATTEMPT = 0 ]; then {TRAIN}; else echo "N = '$(date +%N)'" >> train.py; fi")
     crash = experiment(impatient, 1).crash
     assert crash is not None and crash.startswith(reason)
 
@@ -244,14 +244,14 @@ def test_a_process_that_fills_the_disk(impatient: Project, who: str) -> None:
     [
         ("fallocate -l 90M ../other; sleep 2; rm ../other", "MB are free on the disk of"),
         (
-            "until mount -o remount,ro .. 2> /dev/null; do sleep 0.01; done; sleep 2; mount -o remount,rw ..",
+            "until mount -o remount,ro .. 2> /dev/null; do :; done; sleep 2; mount -o remount,rw ..",
             "ead-only file system",
         ),
     ],
 )
 def test_a_disk_that_is_full_or_read_only_for_a_while(impatient: Project, happens: str, words: str) -> None:
     """What was recorded is there, what was not happens later; the driver waits."""
-    said = on_a_small_disk(impatient, f"sleep 0.1; {NEXT}", f"{rows_that(2)}; {happens}")
+    said = on_a_small_disk(impatient, f"sleep 0.3; {NEXT}", f"{rows_that(1)}; {happens}")
     assert "waiting until" in said and words in said
     assert [row["experiment"] for row in impatient.rows()] == ["0", "1", "2", "3", "4", "5"]
     impatient.research(NEXT)
@@ -294,6 +294,22 @@ def test_damaged_refs_are_restored(project: Project) -> None:
     said = project.research(NEXT)
     assert said.count("restored refs/autoresearch/t/000") == 4
     assert project.rows()[:5] == before and len(project.rows()) == 6
+    project.check()
+
+
+@pytest.mark.parametrize("config", ["home/.gitconfig", "project/.git/config"])
+def test_a_git_that_fails_loses_nothing(project: Project, config: str) -> None:
+    """Every ref looks broken to a git that cannot read its own configuration."""
+    project.research(NEXT, experiments=2)
+    refs, table = project.git("for-each-ref"), (project.root / "results.tsv").read_bytes()
+    path = project.root.parent / config
+    before = path.read_bytes() if path.exists() else b""
+    path.write_bytes(before + b"[user\n")
+    project.research(NEXT, code=1)
+    path.write_bytes(before)
+    assert project.git("for-each-ref") == refs
+    project.research(NEXT)
+    assert (project.root / "results.tsv").read_bytes().startswith(table)
     project.check()
 
 

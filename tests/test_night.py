@@ -98,7 +98,8 @@ def test_dollars_that_nobody_counts(project: Project) -> None:
 def test_a_doomed_run_is_cut_short(impatient: Project, head: str, reason: str, repairs: int) -> None:
     impatient.patch("autoresearch/trial.py", "NO_STEP = 180.0", "NO_STEP = 1.0")
     (impatient.root.parent / "head.py").write_text(head + "\n")
-    impatient.research(f"if [ $AUTORESEARCH_ATTEMPT = 0 ]; then {TRAIN}; else echo "N = '$(date +%N)'" >> train.py; fi")
+    mend = """echo "N = '$(date +%N)'" >> train.py; echo mended"""
+    impatient.research(f"if [ $AUTORESEARCH_ATTEMPT = 0 ]; then {TRAIN}; else {mend}; fi")
     crash = experiment(impatient, 1).crash
     assert crash is not None and crash.startswith(reason)
 

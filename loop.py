@@ -396,6 +396,8 @@ def start(options: argparse.Namespace) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # gigabytes each
     machine = gpu.find_machine(options.arena)
+    if machine.uuid:  # by number, CUDA may mean another one than nvidia-smi does
+        os.environ["CUDA_VISIBLE_DEVICES"] = machine.uuid
     ledger = Ledger(checkout, options.tag)
     if ledger.is_new():
         checks.check_committed(checkout)

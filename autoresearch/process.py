@@ -117,7 +117,8 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and its group; the group can outlive its leader."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # stuck in the kernel, as by a GPU that is gone
+        process.wait(timeout=GRACE)
 
 
 def sweep(mark: Path, others: frozenset[int] | None = None) -> None:

@@ -68,7 +68,7 @@ def run(
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=max(min(start + limit - time.monotonic(), 0.1), 0))
                 late = f"at the limit of {limit:g} s" if time.monotonic() - start >= limit else ""
-                why = watch() or excess(out, err or out) or late
+                why = watch() or excess(mark, out, err or out) or late
             for signum in (signal.SIGINT, signal.SIGTERM) if code is None and politely else ():
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, signum)
@@ -78,15 +78,16 @@ def run(
                 kill_group(process)
                 sweep(mark, others)
                 for path in {out, err or out}:
-                    os.truncate(path, min(path.stat().st_size, MAX_OUTPUT))
+                    with suppress(FileNotFoundError):  # it may remove even those
+                        os.truncate(path, min(path.stat().st_size, MAX_OUTPUT))
     return Exit(code, time.monotonic() - start, "" if code is not None else why)
 
 
-def excess(*files: Path) -> str:
-    """Why a process that prints to these files has to end, if it has."""
-    if any(file.stat().st_size > MAX_OUTPUT for file in files):
+def excess(folder: Path, *files: Path) -> str:
+    """Why a process that prints to these files, on the disk of a folder, has to end, if it has."""
+    if any(file.exists() and file.stat().st_size > MAX_OUTPUT for file in files):
         return f"since it printed more than {MAX_OUTPUT // 1_000_000} MB"
-    if (free := shutil.disk_usage(files[0].parent).free) < MIN_FREE:
+    if (free := shutil.disk_usage(folder).free) < MIN_FREE:
         return f"since the disk was full: {free // 1_000_000} MB were left"
     return ""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from autoresearch.git import Repo
 from autoresearch.ledger import read_history
 from autoresearch.records import Experiment
-from tests.conftest import QUICK_PREPARE, QUICK_TRAIN, Project, clean_environment, commit_all, copy_project
+from tests.conftest import Project, make_quick_project
 
 # Ideas that follow from seed and number: better ones, worse ones, one in forty that crashes, one that is rejected.
 AGENT = """
@@ -29,15 +29,6 @@ sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = $(awk "BEGIN { srand($n); print 0.5 + ran
 case $((n % 40)) in 7) echo "raise ValueError($AUTORESEARCH_ATTEMPT)" >> train.py;; 23) echo x > other;; esac
 echo "idea $AUTORESEARCH_EXPERIMENT"
 """
-
-
-def make_project(folder: Path) -> Project:
-    root = folder / "project"
-    root.mkdir()
-    copy_project(root)
-    (root / "prepare.py").write_text(QUICK_PREPARE)
-    (root / "train.py").write_text(QUICK_TRAIN)
-    return commit_all(Project(root.resolve(), clean_environment(folder)))
 
 
 def memory(pid: int) -> float:
@@ -102,7 +93,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        calm, rough = make_project(Path(one)), make_project(Path(two))
+        calm, rough = make_quick_project(Path(one)), make_quick_project(Path(two))
         undisturbed(calm, options.experiments)
         found = killed(rough, options.kills)[: options.experiments + 1]
         expected = history(calm)[: len(found)]

@@ -158,16 +158,20 @@ def commit_all(project: Project) -> Project:
     return project
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
+def make_quick_project(folder: Path) -> Project:
     """The driver as it is, with an arena and a train.py that take no time."""
-    root, home = tmp_path / "project", tmp_path / "home"
+    root, home = folder / "project", folder / "home"
     root.mkdir()
     home.mkdir()
     copy_project(root)
     (root / "prepare.py").write_text(QUICK_PREPARE)
     (root / "train.py").write_text(QUICK_TRAIN)
     return commit_all(Project(root.resolve(), clean_environment(home)))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_quick_project(tmp_path)
 
 
 @pytest.fixture

@@ -13,11 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Project
+from conftest import ROOT, Project, experiment
 from model_server import Change, Fail, ModelServer, Move, Say, Script, Shell, Stall, Truncate
 from ten_experiments import QUICK, plan, script
-
-from autoresearch.records import Experiment, parse_message
 
 PACKAGES = {"claude": "@anthropic-ai/claude-code@2.1.330", "codex": "@openai/codex@0.169.0"}
 LINE = "VAL_BPB = 1.0     # [0.5, 2.0] the score"
@@ -79,15 +77,11 @@ def always(*moves: Move) -> Script:
     return lambda _, turn: moves[min(turn, len(moves) - 1)]
 
 
-def recorded(project: Project, number: int = 1) -> Experiment:
-    return parse_message(project.git("log", "-1", "--format=%B", f"refs/autoresearch/t/{number:04d}"))
-
-
 def test_an_edit_that_is_kept(project: Project, client: str, play: Play) -> None:
     """The answer's words and what the CLI says of its cost reach the record; nothing is left outside train.py."""
     play(always(BETTER, DONE))
     project.research(client)
-    e = recorded(project)
+    e = experiment(project, 1)
     assert (e.status, e.val_bpb, e.description) == ("keep", 0.9, "lower the score")
     assert e.reason == "It should learn more from each token."
     assert e.changes == "VAL_BPB 1.0 -> 0.9"
@@ -104,7 +98,7 @@ def test_an_edit_that_is_kept(project: Project, client: str, play: Play) -> None
 def test_an_edit_that_is_discarded(project: Project, client: str, play: Play) -> None:
     play(always(WORSE, DONE))
     project.research(client)
-    assert (recorded(project).status, recorded(project).val_bpb) == ("discard", 1.1)
+    assert (experiment(project, 1).status, experiment(project, 1).val_bpb) == ("discard", 1.1)
     project.check()
 
 
@@ -112,7 +106,7 @@ def test_another_file(project: Project, client: str, play: Play) -> None:
     """Claude Code refuses the edit itself; Codex makes it, and it is never trained."""
     play(always(BETTER, Change("prepare.py", "import json, pathlib, sys", "import sys, json"), DONE))
     project.research(client)
-    e = recorded(project)
+    e = experiment(project, 1)
     if client == "claude":
         assert e.status == "keep"
         assert '"permission_denials":[{' in (project.root / "runs/t/0001/agent-0.out").read_text()
@@ -125,7 +119,7 @@ def test_a_commit_of_its_own(project: Project, client: str, play: Play) -> None:
     """Neither gets at git: one has no shell, the other a read-only .git. The edit counts, the commit is not there."""
     play(always(BETTER, Shell("git commit --quiet --all --message=mine; git branch mine"), DONE))
     project.research(client)
-    assert recorded(project).status == "keep"
+    assert experiment(project, 1).status == "keep"
     assert "mine" not in project.git("log", "--all", "--format=%s") + project.git("branch")
     project.check()
 
@@ -213,7 +207,7 @@ def test_what_passes_by_itself(project: Project, client: str, play: Play, troubl
     said = project.research(client)
     assert said.count("waiting until") == 2
     assert [row["status"] for row in project.rows()] == ["keep", "keep"]
-    e = recorded(project)
+    e = experiment(project, 1)
     assert (e.val_bpb, e.calls) == (0.9, 3)  # what failed was paid for, too
     project.check()
 
@@ -221,15 +215,15 @@ def test_what_passes_by_itself(project: Project, client: str, play: Play, troubl
 def test_a_stream_that_stalls(project: Project, client: str, play: Play) -> None:
     play(always(BETTER, Stall()))
     project.loop("--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4")
-    assert recorded(project).status == "keep"  # the edit was made, and is as good as any
-    assert recorded(project).description == "not described: VAL_BPB 1.0 -> 0.9"
+    assert experiment(project, 1).status == "keep"  # the edit was made, and is as good as any
+    assert experiment(project, 1).description == "not described: VAL_BPB 1.0 -> 0.9"
     project.check()
 
 
 def test_a_reply_of_megabytes(project: Project, client: str, play: Play) -> None:
     play(always(BETTER, Say("word " * 1_000_000 + "\n\nlower the score")))
     project.research(client)
-    e = recorded(project)
+    e = experiment(project, 1)
     assert e.description == "lower the score" and len(e.reason) <= 1000
     project.check()
 
@@ -239,7 +233,7 @@ def test_a_loop_of_tools_without_end(project: Project, client: str, play: Play) 
     by then is an experiment like any other."""
     server = play(always(BETTER, Shell("ls")))
     project.loop("--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4")
-    assert recorded(project).status == "keep" and server.requests > 3
+    assert experiment(project, 1).status == "keep" and server.requests > 3
     transcript = (project.root / "runs/t/0001/agent-0.out").read_text()
     assert client == "codex" or "Reached maximum number of turns (30)" in transcript
     project.check()
@@ -251,7 +245,7 @@ def test_a_child_that_daemonizes(project: Project, client: str, play: Play) -> N
     leave = f"setsid sh -c 'env -i {nap} & {nap}' > /dev/null 2>&1 & touch {{}}; sleep 1"
     play(always(BETTER, Shell(leave.format("started")), Shell("rm started"), DONE))
     project.research(client)
-    assert recorded(project).status == "keep"
+    assert experiment(project, 1).status == "keep"
     left = subprocess.run(["pgrep", "--full", nap], capture_output=True, text=True)
     assert left.stdout == ""
     project.check()
@@ -269,7 +263,7 @@ def test_ten_experiments(project: Project, play: Play, agent: str) -> None:
     said = project.research(needed(agent) if agent in PACKAGES else agent, experiments=10)
     assert [row["status"] for row in project.rows()[1:]] == [idea.status for idea in QUICK]
     assert said.count("0003 the same program as experiment 2") == 1
-    calls = [recorded(project, number).calls for number in range(1, 11)]
+    calls = [experiment(project, number).calls for number in range(1, 11)]
     assert calls == [1, 1, 2, 2, 2, 1, 2, 1, 2, 1]
     project.check()
 
@@ -281,5 +275,5 @@ def test_the_price_table(project: Project, play: Play) -> None:
         file.write("\n[tool.autoresearch.prices]\ncodex = [1000, 100, 10000]\n")
     play(always(BETTER, DONE))
     project.research("codex")
-    assert recorded(project).cost_usd == pytest.approx((140 * 1000 + 60 * 100 + 40 * 10000) / 1e6)
+    assert experiment(project, 1).cost_usd == pytest.approx((140 * 1000 + 60 * 100 + 40 * 10000) / 1e6)
     assert project.rows()[1]["cost_usd"] == "0.5460"

@@ -176,14 +176,13 @@ class Repo:
         except GitError:
             return False
 
-    def put_back(self, name: str, content: bytes) -> None:
+    def put_back(self, path: Path, content: bytes) -> None:
         """Give a file of git's own folder the content that it had; what it has now is put aside."""
-        path = self.common_dir / name if name == "config" else self.git_dir / name
         if self.is_damaged(path):
-            fresh = path.with_name(f"{name}.new")
+            fresh = path.with_name(f"{path.name}.new")
             fresh.write_bytes(content)
             if path.exists():
-                path.rename(path.with_name(f"{name}-aside-{time.time_ns()}"))
+                path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))
             fresh.rename(path)
 
     def is_damaged(self, path: Path) -> bool:

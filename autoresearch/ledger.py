@@ -31,8 +31,8 @@ class Ledger:
         self.table = checkout.tree / "results.tsv"
         self.history: list[tuple[str, Experiment]] = []
         self.git_files = {
-            "config": (checkout.common_dir / "config").read_bytes(), "HEAD": (checkout.git_dir / "HEAD").read_bytes()
-        }  # fmt: skip
+            path: path.read_bytes() for path in (checkout.common_dir / "config", checkout.git_dir / "HEAD")
+        }
 
     def is_new(self) -> bool:
         return not self.checkout.refs(f"{REFS}/{self.tag}")
@@ -98,9 +98,9 @@ class Ledger:
         """Open the worktree, made again if somebody broke it, and without the locks of a git that was killed. Where git
         itself does not work any more, its two files are what they were at the start."""
         self.checkout.unlock(f"refs/heads/{self.branch}", f"{REFS}/{self.tag}/*")
-        for name, content in self.git_files.items():
+        for path, content in self.git_files.items():
             if not self.checkout.works():
-                self.checkout.put_back(name, content)
+                self.checkout.put_back(path, content)
         try:
             return self.open_tree()
         except GitError:

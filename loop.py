@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -144,8 +145,8 @@ def step(lab: Lab, told: str, afresh: bool) -> Trouble | None:
         if afresh:
             reconcile(lab.checkout, lab.ledger, lab.show)
         trouble = attempt(lab, told)
-    except (GitError, OSError, UserError) as error:
-        return Hopeless(records.one_line(str(error), 500))
+    except Exception as error:
+        return Hopeless(explain(error))
     return replace(trouble, why=f"{lab.agent.name}: {trouble.why}") if isinstance(trouble, Hopeless) else trouble
 
 
@@ -365,8 +366,7 @@ def program(lab: Lab, base: str) -> str:
 def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> None:
     """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
     sweep(ledger.folder)
-    for ref in ledger.reload():
-        show(records.Restored(ref))
+    ledger.reload()
     tip = checkout.resolve(f"refs/heads/{ledger.branch}")
     expected = tip is None or checkout.contains(ledger.base, tip) or tip in {commit for commit, _ in ledger.history}
     if not expected and not ledger.in_flight.exists():
@@ -384,11 +384,12 @@ def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> 
 def start(options: argparse.Namespace) -> int:
     """Start or resume a run and stay with it until a limit is reached; returns the exit code."""
     show, budget = Plain(), Budget(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
-    agent, checkout = find_agent(options.agent, options.model), checks.open_checkout(ROOT)
+    checkout = checks.open_checkout(ROOT)
+    checks.check_tag(checkout, options.tag)
+    agent = find_agent(options.agent, options.model)
     checks.check_prices(agent, options)
     if options.agent is None:
         show(records.Chosen(agent.name, tuple(PRESETS)))
-    checks.check_tag(checkout, options.tag)
     seed = whole(os.environ.get("AUTORESEARCH_SEED", "42"))
     if cache := os.environ.get("AUTORESEARCH_CACHE"):
         os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())  # the same from the worktree
@@ -398,10 +399,14 @@ def start(options: argparse.Namespace) -> int:
     machine = gpu.find_machine(options.arena)
     if machine.uuid:  # by number, CUDA may mean another one than nvidia-smi does
         os.environ["CUDA_VISIBLE_DEVICES"] = machine.uuid
-    ledger = Ledger(checkout, options.tag)
+    ledger = Ledger(checkout, options.tag, show)
     if ledger.is_new():
         checks.check_committed(checkout)
-    with locks.hold(ledger.lock, f"the run {options.tag}", "its driver"):
+    with (
+        locks.hold(ledger.lock, f"the run {options.tag}", "its driver"),
+        locks.hold(locks.of_device(machine.uuid or "cpu"), machine.gpu or "the CPU", f"run {options.tag}"),
+    ):
+        idle = checks.check_gpu(machine)
         reconcile(checkout, ledger, show)
         show(records.Preparing(options.arena))
         arena = prepare_arena(ledger.worktree().tree, options.arena)
@@ -411,11 +416,7 @@ def start(options: argparse.Namespace) -> int:
         checks.check_comparable(ledger, arena, machine, seed)
         walls = isolation.NONE if options.no_isolation else isolation.find_isolation()
         track = Track(ledger.worktree().tree, arena, seed, limit, walls, mark=ledger.folder)
-        device = machine.uuid or "cpu"
-        with locks.hold(arena.folder.parent / f"{device}.lock", machine.gpu or "the CPU", f"run {options.tag}"):
-            idle = checks.check_gpu(machine)
-            lab = Lab(checkout, ledger, track, machine, idle, agent, options.agent_timeout, budget, show)
-            return work(lab)
+        return work(Lab(checkout, ledger, track, machine, idle, agent, options.agent_timeout, budget, show))
 
 
 def work(lab: Lab) -> int:
@@ -491,14 +492,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv, (__doc__ or "").strip().splitlines()[0], COMMANDS)
         return COMMANDS[options.command](options)
-    except (UserError, GitError, OSError, argparse.ArgumentTypeError) as error:
-        said = str(error) if isinstance(error, UserError) else records.one_line(str(error), 500)
-        if said:
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # of `loop.py prompt | head`
+        return 0
+    except Exception as error:
+        if said := explain(error):
             with suppress(OSError):  # a terminal that went away
                 print(f"error: {said}", file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return 130
+
+
+def explain(error: Exception) -> str:
+    """An error in one line; one that nobody foresaw with its type and place, for whoever mends this driver."""
+    if isinstance(error, UserError | GitError | OSError | argparse.ArgumentTypeError):
+        return str(error) if isinstance(error, UserError) else records.one_line(str(error), 500)
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    return records.one_line(f"{type(error).__name__}: {error} (in {place}, a mistake of this program)", 500)
 
 
 def let_go() -> None:

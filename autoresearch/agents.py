@@ -108,6 +108,7 @@ CALLS = "calls.jsonl"  # in an experiment's folder: what each call cost, those t
 
 def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     """Call the agent once, fresh, under its hard limit. Prompt, transcript and cost stay in the experiment's folder."""
+    call.folder.mkdir(parents=True, exist_ok=True)
     turn = len(list(call.folder.glob("prompt-*.md")))
     file, output = call.folder / f"prompt-{turn}.md", Output(call.folder / f"agent-{turn}")
     file.write_text(prompt, encoding="utf-8")
@@ -124,14 +125,14 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
             command_of(agent, words), cwd=call.tree, env=env, limit=call.limit, mark=call.mark,
             stdin=Path(fill(agent.stdin, words)), out=output.path("out"), err=output.path("err"), politely=True,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {why}"))
+    except process.NotStarted as error:
+        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {error}"))
     try:
         answer, unreadable = agent.read(output), ""
     except replies.UNREADABLE as error:
         answer, unreadable = Answer(), str(error)
     usage = usage_of(agent, answer, ended.seconds)
+    call.folder.mkdir(parents=True, exist_ok=True)  # once more: the agent may have removed it
     with (call.folder / CALLS).open("a", encoding="utf-8") as calls:
         calls.write(json.dumps({"base": call.base, **asdict(usage)}) + "\n")
     trouble = judge(agent, answer, unreadable, ended, output)
@@ -195,7 +196,7 @@ def judge(agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, ou
 
 def spent_on(folder: Path, base: str) -> Usage:
     """What all calls cost together that were made in an experiment's folder from a commit, also before a restart."""
-    text = process.tail(folder / CALLS, 1_000_000) if (folder / CALLS).exists() else ""
+    text = process.tail(folder / CALLS, 1_000_000)
     calls = [call for line in text.splitlines() if isinstance(call := replies.parse(line), dict)]
     names = {f.name for f in fields(Usage)}  # a line of another version, or torn by a kill, is left out
     mine = [call for call in calls if call.pop("base", None) == base and call.keys() == names]

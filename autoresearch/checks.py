@@ -30,11 +30,11 @@ def open_checkout(root: Path) -> Repo:
 def check_prices(agent: Agent, options: Namespace) -> None:
     """A limit in dollars needs to know what is spent."""
     if options.dollars < math.inf and not (agent.dollars or agent.price or options.gpu_dollars_per_hour):
-        raise UserError(
-            f"--dollars: {agent.name} does not say what a call costs; put the price of its tokens into pyproject.toml, "
-            f'[tool.autoresearch.prices]: "{agent.model or agent.name}" = [input, cached input, output]',
-            2,
-        )
+        name, table = agent.model or agent.name, "[tool.autoresearch.prices] of pyproject.toml"
+        cure = "only --gpu-dollars-per-hour can be counted" if agent.verbatim else (
+            f'put the price of its tokens into {table}: "{name}" = [input, cached input, output]'
+        )  # fmt: skip
+        raise UserError(f"--dollars: {agent.name} does not say what a call costs: {cure}", 2)
 
 
 def check_gpu(machine: Machine) -> int:
@@ -55,6 +55,8 @@ def check_tag(checkout: Repo, tag: str) -> None:
         raise UserError(f"--tag {tag!r} cannot be part of a branch's name: use letters, digits, '-' and '_'", 2)
     if checkout.resolve("refs/heads/autoresearch"):
         raise UserError("a branch named autoresearch is in the way: `git branch -m autoresearch another-name`", 2)
+    if below := checkout.refs(f"{branch}/"):
+        raise UserError(f"{below[0]} is in the way of the branch autoresearch/{tag}: take another --tag", 2)
     if checkout.head_branch() == branch:
         raise UserError(f"your checkout is on autoresearch/{tag}, which the loop moves: `git switch -` first")
 

@@ -11,10 +11,10 @@ from autoresearch.records import (
     Dropped,
     Event,
     Experiment,
+    Mended,
     Preparing,
     Refereeing,
     Repeated,
-    Restored,
     Settled,
     Stalled,
     Started,
@@ -68,11 +68,11 @@ def text(event: Event) -> str:
         case Repeated(number, earlier):
             return f"{number:04d} the same program as experiment {earlier.number}; asking once more"
         case Waiting(why, until):
-            return f"waiting until {until.astimezone():%H:%M:%S} of {until.astimezone():%d %b}: {one_line(why)}"
+            return f"waiting until {until.astimezone():%H:%M:%S} of {until.astimezone():%d %b}: {one_line(why, 500)}"
         case Dropped(commit):
             return f"put away what was unfinished: {commit[:10]}"
-        case Restored(ref):
-            return f"restored {ref}, which was lost or damaged, from the commit in results.tsv"
+        case Mended(what):
+            return f"mended: {what}"
         case Stopped(reason, experiments, best):
             score = f"; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}" if best else ""
             return f"stopped: {reason}; recorded in this call, baseline included: {experiments}{score}"

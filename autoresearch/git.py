@@ -176,19 +176,25 @@ class Repo:
         except GitError:
             return False
 
-    def put_back(self, path: Path, content: bytes) -> None:
-        """Give a file of git's own folder the content that it had; what it has now is put aside."""
-        if self.is_damaged(path):
-            fresh = path.with_name(f"{path.name}.new")
-            fresh.write_bytes(content)
-            if path.exists():
-                path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))
-            fresh.rename(path)
+    def put_back(self, path: Path, content: bytes) -> bool:
+        """Give a file of git's own folder the content that it had, if it is damaged; what it has now is put aside.
+        Returns whether it was."""
+        if not self.is_damaged(path):
+            return False
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_bytes(content)
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))
+        fresh.rename(path)
+        return True
 
     def is_damaged(self, path: Path) -> bool:
-        """Whether git cannot use its `config` or `HEAD`, or is told there that this is no working tree."""
+        """Whether git cannot use its `config`, `HEAD` or `packed-refs`, or is told there that this is no working
+        tree."""
         if not path.is_file():
             return True
+        if path.name == "packed-refs":
+            return not self.succeeds("for-each-ref", "--count=1")
         if path.name == "HEAD":
             return not re.match(r"ref: refs/|[0-9a-f]{40}", path.read_text(errors="replace"))
         try:
@@ -197,12 +203,17 @@ class Repo:
             return True
         return bool(re.search(r"^core\.(bare=true|worktree=)", settings, re.MULTILINE))
 
-    def clear(self, branch: str) -> None:
-        """Put aside what stands in the way of a branch: a ref that is broken, or branches below its name."""
-        self.discard_broken(f"refs/heads/{branch}")
-        for ref, commit, _ in self.messages(f"refs/heads/{branch}/"):
-            self.git("update-ref", f"refs/autoresearch-aside/{ref.removeprefix('refs/heads/')}", commit)
+    def clear(self, branch: str) -> list[str]:
+        """Put aside what stands in the way of a branch, and name it: a ref that is broken, branches below its name, or
+        one that is called as the first part of it."""
+        broken = self.discard_broken(f"refs/heads/{branch}")
+        above = f"refs/heads/{branch.partition('/')[0]}"
+        ways = [entry for entry in self.messages(above) if entry[0] == above] + self.messages(f"refs/heads/{branch}/")
+        for ref, commit, _ in ways:
+            aside = f"refs/autoresearch-aside/{time.time_ns()}/{ref.removeprefix('refs/heads/')}"
+            self.git("update-ref", aside, commit)
             self.git("update-ref", "-d", ref)
+        return broken + [ref for ref, _, _ in ways]
 
     def unlock(self, *refs: str) -> None:
         """Remove what a killed git left of its locks on refs that nobody else writes; a pattern may hold a `*`."""

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from autoresearch.records import Machine, UserError, one_line
 
 ROOM = 512  # MiB that a desktop may take, or give back, without being called a use
+ANSWER = 60.0  # seconds that nvidia-smi is given
 PATIENCE = 30.0  # seconds in which a killed process gives its memory back
 
 
@@ -35,12 +36,15 @@ def find_machine(arena: str) -> Machine:
 def query(what: str, gpu: str) -> list[list[str]]:
     """Ask nvidia-smi for rows of cells; OSError when it has no answer."""
     command = ["nvidia-smi", f"--id={gpu}", what, "--format=csv,noheader,nounits"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except subprocess.SubprocessError as error:
-        said = getattr(error, "stdout", "") or getattr(error, "stderr", "") or str(error)
-        raise OSError(f"nvidia-smi fails: {one_line(str(said), 300)}") from None
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+        out, err = process.communicate(timeout=ANSWER)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: a GPU that fell off the bus holds it in the kernel
+        raise OSError(f"nvidia-smi has not answered for {ANSWER:g} s") from None
+    if process.returncode:
+        raise OSError(f"nvidia-smi fails: {one_line(out or err or f'exit code {process.returncode}', 300)}")
+    return [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
 
 
 def used(machine: Machine) -> int:

@@ -4,13 +4,13 @@ import fcntl
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from autoresearch.git import GitError, Repo
-from autoresearch.records import Experiment, UserError, message, parse_message
+from autoresearch.records import Event, Experiment, Mended, UserError, message, parse_message
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
 REFS = "refs/autoresearch"
@@ -19,45 +19,47 @@ PROGRAMS = "refs/autoresearch-program"  # every program.md that was ever in forc
 
 class Ledger:
     """What one tag has: its record, its branch, its folder with the worktree. `history` holds (commit, experiment),
-    oldest first, once `reload` has read it; the baseline is its first."""
+    oldest first, once `reload` has read it; the baseline is its first. What had to be mended is shown."""
 
-    def __init__(self, checkout: Repo, tag: str):
+    def __init__(self, checkout: Repo, tag: str, show: Callable[[Event], None]):
         self.checkout = checkout
         self.tag = tag
+        self.show = show
         self.branch = f"autoresearch/{tag}"
         self.folder = checkout.tree / "runs" / tag
         self.lock = self.folder / "lock"
         self.in_flight = self.folder / "in-flight"
         self.table = checkout.tree / "results.tsv"
         self.history: list[tuple[str, Experiment]] = []
-        self.git_files = {
-            path: path.read_bytes() for path in (checkout.common_dir / "config", checkout.git_dir / "HEAD")
-        }
+        files = (checkout.common_dir / "config", checkout.git_dir / "HEAD", checkout.common_dir / "packed-refs")
+        self.git_files = {path: path.read_bytes() for path in files if path.exists()}
 
     def is_new(self) -> bool:
-        return not self.checkout.refs(f"{REFS}/{self.tag}")
+        return not self.checkout.refs(f"{REFS}/{self.tag}") and all(tag != self.tag for _, tag, _ in self.rows())
 
-    def reload(self) -> list[str]:
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Commit, tag and number of the rows of results.tsv, as they stand there."""
+        table = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
+        rows = [line.split("\t") for line in table.splitlines()[1:]]
+        return [(row[0], row[5], row[6]) for row in rows if len(row) == HEADER.count("\t") + 1]
+
+    def reload(self) -> None:
         """Read the record again. A ref that was lost or damaged is made again from the commit that results.tsv has of
-        it; returns those. A tag without any ref was removed by a person, and stays removed."""
-        git, restored = self.checkout, []
+        it. Another tag without any ref was removed by a person, and stays removed."""
+        git = self.checkout
         broken = git.discard_broken(REFS)
         git.discard_broken(f"refs/heads/{self.branch}")  # it follows from the record
         present = set(git.refs(REFS))
-        tags = {ref.split("/")[2] for ref in present.union(broken)}
-        table = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
-        for commit, *_, tag, number, _, _, _ in (
-            line.split("\t") for line in table.splitlines()[1:] if line.count("\t") == 9
-        ):
+        tags = {self.tag, *(ref.split("/")[2] for ref in present.union(broken))}
+        for commit, tag, number in self.rows():
             ref = f"{REFS}/{tag}/{number.zfill(4)}"
             if tag in tags and ref not in present and git.allows(ref) and is_experiment(git, commit, tag, number):
                 git.create(ref, git.resolve(commit) or commit)
-                restored.append(ref)
+                self.show(Mended(f"{ref} was lost or damaged: made again from the commit in results.tsv"))
         found = read_history(git, self.tag)
         if self.history and not found:
-            raise UserError(f"the record of {self.tag} is gone from git while it runs; its hashes are in results.tsv")
+            raise UserError(f"the record of {self.tag} is gone from git while it runs, and results.tsv has not got it")
         self.history = found
-        return restored
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -96,16 +98,22 @@ class Ledger:
 
     def worktree(self) -> Repo:
         """Open the worktree, made again if somebody broke it, and without the locks of a git that was killed. Where git
-        itself does not work any more, its two files are what they were at the start."""
+        itself does not work any more, its own files are what they were at the start."""
         self.checkout.unlock(f"refs/heads/{self.branch}", f"{REFS}/{self.tag}/*")
-        for path, content in self.git_files.items():
-            if not self.checkout.works():
-                self.checkout.put_back(path, content)
+        if not self.checkout.works():
+            self.put_back()
         try:
             return self.open_tree()
         except GitError:
-            self.checkout.clear(self.branch)
+            self.put_back()
+            for ref in self.checkout.clear(self.branch):
+                self.show(Mended(f"{ref} was in the way: put aside"))
             return self.open_tree()
+
+    def put_back(self) -> None:
+        for path, content in self.git_files.items():
+            if self.checkout.put_back(path, content):
+                self.show(Mended(f"{path} was damaged: put back as it was at the start, what it was beside it"))
 
     def open_tree(self) -> Repo:
         tree = self.checkout.worktree(self.folder / "tree", self.branch, self.base)

@@ -9,6 +9,16 @@ from pathlib import Path
 from autoresearch.records import UserError
 
 
+def of_device(device: str) -> Path:
+    """The lock of a GPU, by its UUID, or of the CPU."""
+    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {cache}: {error.strerror}; AUTORESEARCH_CACHE moves the cache") from None
+    return cache / f"{device}.lock"
+
+
 @contextmanager
 def hold(path: Path, what: str, task: str) -> Iterator[None]:
     """Hold a lock file for this process; UserError that names the holder when there is one."""

@@ -27,6 +27,10 @@ class Exit:
     why: str = ""
 
 
+class NotStarted(OSError):
+    """The command is not there, is no program, or cannot be given these arguments."""
+
+
 def run(
     command: list[str],
     *,
@@ -45,22 +49,26 @@ def run(
 
     Standard error joins standard output unless `err` is given. `watch` is called ten times a second, and once after the
     end: what it returns is why to kill the process, as are `limit` in seconds, too much output and a disk that fills
-    up. `politely` means after signals that let it say a last word. Not found is an OSError.
+    up. `politely` means after signals that let it say a last word. A command that cannot be started is a NotStarted.
     """
     adopt_orphans()
     others = descendants()
     start = time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)  # an agent may have removed it
     with stdin.open("rb") as stdin_file, out.open("wb") as out_file, (err or out).open("ab") as err_file:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**env, MARK: str(mark)},
-            stdin=stdin_file,
-            stdout=out_file,
-            stderr=err_file if err else subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=pass_fds,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**env, MARK: str(mark)},
+                stdin=stdin_file,
+                stdout=out_file,
+                stderr=err_file if err else subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=pass_fds,
+            )
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in an argument
+            raise NotStarted(getattr(error, "strerror", "") or str(error)) from None
         try:
             die_first(process.pid)
             code, why = None, ""
@@ -87,8 +95,9 @@ def excess(folder: Path, *files: Path) -> str:
     """Why a process that prints to these files, on the disk of a folder, has to end, if it has."""
     if any(file.exists() and file.stat().st_size > MAX_OUTPUT for file in files):
         return f"since it printed more than {MAX_OUTPUT // 1_000_000} MB"
-    if (free := shutil.disk_usage(folder).free) < MIN_FREE:
-        return f"since the disk was full: {free // 1_000_000} MB were left"
+    with suppress(FileNotFoundError):  # it may have removed the folder too
+        if (free := shutil.disk_usage(folder).free) < MIN_FREE:
+            return f"since the disk was full: {free // 1_000_000} MB were left"
     return ""
 
 
@@ -169,7 +178,8 @@ def read(pid: int, name: str) -> bytes:
 
 
 def tail(path: Path, size: int = 4000) -> str:
-    """The end of a log, at most `size` bytes of it, read without loading the rest."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - size, 0))
+    """The end of a log, at most `size` bytes of it, read without loading the rest; empty when somebody removed it."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - size, 0))
         return file.read(size).decode("utf-8", errors="replace")
+    return ""

@@ -454,10 +454,10 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A ref that was lost or damaged, and that results.tsv still had the commit of."""
+class Mended:
+    """Something of git's that was lost, damaged or in the way, and what became of it."""
 
-    ref: str
+    what: str
 
 
 @dataclass(frozen=True)
@@ -469,5 +469,5 @@ class Stopped:
 
 Event = (
     Chosen | Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting | Dropped
-    | Restored | Stopped
+    | Mended | Stopped
 )  # fmt: skip

@@ -47,7 +47,7 @@ class Output:
         return Path(f"{self.prefix}.{kind}")
 
     def text(self, kind: str = "out", size: int = MAX_OUTPUT) -> str:
-        return tail(self.path(kind), size) if self.path(kind).exists() else ""
+        return tail(self.path(kind), size)
 
     def objects(self, kind: str = "out") -> list[dict[str, Json]]:
         """The JSON objects of a file: one on each line, or a list of them, or one; ValueError when there is none."""

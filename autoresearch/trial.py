@@ -18,7 +18,7 @@ from autoresearch.isolation import Isolation
 from autoresearch.records import Arena, Crashed, Finished, Killed, Summary, UserError, one_line
 from autoresearch.source import NO_PROGRAM, decode
 
-NO_STEP = 180.0  # seconds without a batch drawn, after which nothing will come of a run
+NO_STEP = 180.0  # seconds without a batch drawn, once they are, after which nothing will come of a run
 
 Stamps = dict[str, tuple[int, ...]]
 
@@ -37,12 +37,13 @@ class Track:
 
     def __post_init__(self) -> None:
         self.stamps = stamps(self.arena.folder)
+        self.manifest = read_bytes(self.arena.folder / "manifest.json")
 
     def run(self, *command: str, log: Path, witness: "Witness | None" = None, **facts: str) -> process.Exit:
         """Run a Python program of the tree; `facts` are for its environment."""
         tmp = self.mark / "tmp"
         remove_tree(tmp)
-        tmp.mkdir()
+        tmp.mkdir(parents=True)
         env = self.isolation.environment(tmp) | {
             "AUTORESEARCH_ARENA": self.arena.name,
             "AUTORESEARCH_SEED": str(self.seed),
@@ -61,22 +62,30 @@ class Track:
 
     def mend(self) -> list[str]:
         """Have the arena's files made again that are not what they were, and name them. To be called when the tree is
-        as it was committed, since its prepare.py does it."""
-        found = stamps(self.arena.folder)
-        altered = sorted(n for n in found.keys() | self.stamps.keys() if found.get(n) != self.stamps.get(n))
-        if altered:
-            for name in altered:
-                (self.arena.folder / name).unlink(missing_ok=True)
-            if prepare_arena(self.tree, self.arena.name) != self.arena:
-                raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
-            self.stamps = stamps(self.arena.folder)
-        return altered
+        as it was committed, since its prepare.py does it: by the manifest's hashes, so that a file that was merely
+        touched stays, and is not held against anybody."""
+        folder, found = self.arena.folder, stamps(self.arena.folder)
+        if found == self.stamps:
+            return []
+        if self.manifest is not None and read_bytes(folder / "manifest.json") != self.manifest:
+            folder.mkdir(exist_ok=True)
+            (folder / "manifest.json").write_bytes(self.manifest)  # or a forged one would vouch for forged files
+        if prepare_arena(self.tree, self.arena.name) != self.arena:
+            raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
+        before, self.stamps = self.stamps, stamps(folder)
+        return sorted(name for name in before if self.stamps.get(name) != found.get(name))
 
 
 def stamps(folder: Path) -> Stamps:
     """What changes when a file does. The time of the last change (ctime) cannot be set back by who owns the file."""
     stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats}
+
+
+def read_bytes(path: Path) -> bytes | None:
+    with suppress(FileNotFoundError):
+        return path.read_bytes()
+    return None
 
 
 def run_training(track: Track, *, bar: float, model: Path, log: Path) -> Finished | Crashed | Killed:
@@ -86,7 +95,7 @@ def run_training(track: Track, *, bar: float, model: Path, log: Path) -> Finishe
     and count.
     """
     model.unlink(missing_ok=True)
-    with Witness(log) as witness:
+    with Witness(log, track.limit - track.arena.budget) as witness:
         ended = track.run(
             "train.py", log=log, witness=witness, AUTORESEARCH_BAR=repr(bar), AUTORESEARCH_MODEL=str(model),
             AUTORESEARCH_TICKS=str(witness.theirs),
@@ -109,12 +118,14 @@ def run_training(track: Track, *, bar: float, model: Path, log: Path) -> Finishe
 
 class Witness:
     """What the driver sees of a run for itself: prepare.py sends `(` by a pipe when its clock starts, a `.` for each
-    batch that it hands out, and `)` when the budget is spent. The times are those of the driver's clock."""
+    batch that it hands out, and `)` when the budget is spent. The times are those of the driver's clock. `startup` is
+    how many seconds may pass before the first batch, say to compile: with more, the budget does not fit the limit."""
 
     SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, startup: float) -> None:
         self.log = log
+        self.startup = startup
         self.ours, self.theirs = os.pipe()
         os.set_blocking(self.ours, False)
         self.starts = self.drawn = self.ends = 0
@@ -141,8 +152,9 @@ class Witness:
                 for count, tick in ((self.starts, b"("), (self.drawn, b"."), (self.ends, b")"))
             )
             self.last = ticks[-1:]
-        if self.last != b")" and now - self.stopped > NO_STEP:
-            return f"since no step was finished in {NO_STEP:g} s"
+        patience = NO_STEP if self.drawn else self.startup
+        if self.last != b")" and now - self.stopped > patience:
+            return f"since no step was finished in {patience:g} s"
         if found := NOT_FINITE.search(process.tail(self.log, MAX_LINE)):
             self.diverged = f"the loss is not finite: {one_line(found[0])}"
         return self.diverged

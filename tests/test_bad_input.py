@@ -119,6 +119,11 @@ def test_a_branch_in_the_way(project: Project) -> None:
     assert "git branch -m autoresearch" in one_line(project.research("true", code=2))
 
 
+def test_branches_in_the_way(project: Project) -> None:
+    project.git("branch", "autoresearch/t/x")
+    assert "refs/heads/autoresearch/t/x is in the way" in one_line(project.research("true", code=2))
+
+
 def test_checkout_on_the_runs_branch(project: Project) -> None:
     project.git("checkout", "--quiet", "-b", "autoresearch/t")
     assert "git switch" in one_line(project.research("true", code=1))

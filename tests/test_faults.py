@@ -17,7 +17,10 @@ FAULTS = {
     "make git bare": "git config core.bare true; git config core.worktree /nowhere",
     "commit": "echo x > new; git add -A; git -c user.name=a -c user.email=a@b commit -qm mine; git tag mine",
     "delete the worktree": 'cd /; rm -rf "$OLDPWD"',
+    "delete the run's folder": 'cd /; rm -rf "$OLDPWD/.."',
+    "delete the experiment's folder": "rm -rf ../0001 ../tmp",
     "delete the branch": "git checkout -q --detach; git branch -q -D autoresearch/t; git branch -q autoresearch/t/x",
+    "take the branch's name": "git checkout -q --detach; git branch -q -D autoresearch/t; git branch -q autoresearch",
     "break the branch": "echo junk > $(git rev-parse --git-common-dir)/refs/heads/autoresearch/t",
     "huge files": "truncate -s 1T prepare.py; truncate -s 1T new; truncate -s 1T train.py",
     "unreadable files": "mkdir -p a/b; touch a/b/c; chmod 000 a/b/c a/b a prepare.py; chmod 000 .",
@@ -41,5 +44,5 @@ def test_contained(impatient: Project, fault: str, who: str) -> None:
     assert subprocess.run(["pgrep", "-f", "sleep 998"], capture_output=True).returncode == 1
     project.research(NEXT.replace("$A", "again $A"))  # and a driver that starts afterwards finds everything in order
     project.check()
-    for log in (project.root / "runs/t/0001").iterdir():
+    for log in (project.root / "runs/t").glob("0*/*"):
         assert log.stat().st_size <= 64_000_000

@@ -79,14 +79,23 @@ def test_dollars_for_the_gpu(project: Project) -> None:
 
 def test_dollars_that_nobody_counts(project: Project) -> None:
     said = project.loop("--tag=t", "--arena=demo", f"--agent={NEXT}", "--dollars=1", code=2)
-    assert "does not say what a call costs" in said and "[tool.autoresearch.prices]" in said
+    assert "does not say what a call costs: only --gpu-dollars-per-hour can be counted" in said
+    claude_that_costs(project, 0.5)
+    (project.root.parent / "fakes/claude").rename(project.root.parent / "fakes/codex")
+    said = project.loop("--tag=t", "--arena=demo", "--agent=codex", "--dollars=1", code=2)
+    assert '[tool.autoresearch.prices] of pyproject.toml: "codex" = [' in said
     assert not (project.root / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("head", "reason", "repairs"),
     [
-        ("import time; time.sleep(1000)", "killed since no step was finished in 1 s", 0),
+        ("import time; time.sleep(1000)", "killed since no step was finished in 4 s", 0),
+        (
+            "import os, time; os.write(int(os.environ['AUTORESEARCH_TICKS']), b'(.'); time.sleep(9)",
+            "killed since no step was finished in 1 s",
+            0,
+        ),
         ("import os; os.write(int(os.environ['AUTORESEARCH_TICKS']), b'(..')", "did not start and end its budget", 2),
         (
             "print('step 3  50.0%  loss nan', flush=True); import time; time.sleep(9)",
@@ -282,6 +291,16 @@ if sys.argv[1] != "--judge" and not os.path.exists({str(data)!r}):
     impatient.check()
 
 
+def test_a_data_file_that_was_only_touched_is_not_held_against_the_run(project: Project) -> None:
+    data = Path(project.env["HOME"]) / "cache/quick/val.bin"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    (project.root.parent / "head.py").write_text(f"import os; os.link({str(data)!r}, {str(data) + '.backup'!r})\n")
+    project.research(TRAIN)
+    assert [row["status"] for row in project.rows()] == ["keep", "discard"]
+    assert data.exists()
+
+
 def test_damaged_refs_are_restored(project: Project) -> None:
     """From the commits that results.tsv names: a lost one, an empty file as a power cut leaves it, junk, no object."""
     project.research(NEXT, experiments=4)
@@ -293,7 +312,7 @@ def test_damaged_refs_are_restored(project: Project) -> None:
     (folder / "0004").write_text("1234567890" * 4 + "\n")
     (project.root / ".git/refs/heads/autoresearch/t").write_text("")
     said = project.research(NEXT)
-    assert said.count("restored refs/autoresearch/t/000") == 4
+    assert said.count("mended: refs/autoresearch/t/000") == 4
     assert project.rows()[:5] == before and len(project.rows()) == 6
     project.check()
 
@@ -314,12 +333,38 @@ def test_a_git_that_fails_loses_nothing(project: Project, config: str) -> None:
     project.check()
 
 
-def test_a_tag_that_a_person_removed_stays_removed(project: Project) -> None:
-    project.research(NEXT)
-    for ref in project.git("for-each-ref", "--format=%(refname)", "refs/autoresearch/t").splitlines():
+def test_packed_refs_that_are_lost(project: Project) -> None:
+    """All refs of the run at once, and those of the user: emptied before a start, junk while it runs."""
+    project.research(NEXT, experiments=2)
+    start = project.git("rev-parse", "main")
+    project.git("pack-refs", "--all")
+    (project.root / ".git/packed-refs").write_bytes(b"")
+    project.git("branch", "main", start)
+    assert project.research(NEXT).count("mended: refs/autoresearch/t/000") == 3
+    project.git("pack-refs", "--all")
+    damage = f"echo junk > {project.root}/.git/packed-refs; {NEXT}"
+    assert "packed-refs was damaged" in project.research(once(project, damage, number=4), experiments=2)
+    assert project.git("rev-parse", "main") == start
+    assert [row["description"] for row in project.rows()] == ["baseline"] + ["go on"] * 5
+    project.check()
+
+
+def test_another_tag_that_a_person_removed_stays_removed(project: Project) -> None:
+    project.research(NEXT, tag="old")
+    for ref in project.git("for-each-ref", "--format=%(refname)", "refs/autoresearch/old").splitlines():
         project.git("update-ref", "-d", ref)
-    project.git("update-ref", "-d", "refs/heads/autoresearch/t")
-    assert "a new run" in project.research(NEXT)
+    project.research(NEXT)
+    assert [row["tag"] for row in project.rows()] == ["t", "t"]
+    assert "old" in next(project.root.glob("results.tsv.*.bak")).read_text()
+
+
+def test_a_mistake_of_the_driver_does_not_end_the_night(impatient: Project) -> None:
+    head = "    if edit.reply.cut_short and"
+    impatient.patch("loop.py", head, "    assert edit.reply.description != 'odd', 'not foreseen'\n" + head)
+    said = impatient.research(once(impatient, "echo odd"), experiments=2)
+    assert "AssertionError: not foreseen (in loop.py:" in said
+    assert [row["description"] for row in impatient.rows()] == ["baseline", "go on", "go on"]
+    impatient.check()
 
 
 # --- the GPU
@@ -382,6 +427,7 @@ def test_two_drivers_on_one_device(project: Project, tmp_path: Path) -> None:
         wait_for(ready.exists)
         said = project.research(NEXT, code=1, tag="other")
         assert f"the CPU is taken by process {driver.pid} on " in said and "run t" in said
+        assert not (project.root / "runs/other/tree").exists() and project.git("branch", "--list", "*other") == ""
     finally:
         driver.terminate()
         assert driver.wait(timeout=30) == 130

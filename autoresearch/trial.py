@@ -19,6 +19,7 @@ from autoresearch.records import Arena, Crashed, Finished, Killed, Summary, User
 from autoresearch.source import NO_PROGRAM, decode
 
 NO_STEP = 180.0  # seconds without a batch drawn, once they are, after which nothing will come of a run
+MANIFEST = "manifest.json"  # in the arena's folder: the hashes of all its files
 
 Stamps = dict[str, tuple[int, ...]]
 
@@ -37,7 +38,7 @@ class Track:
 
     def __post_init__(self) -> None:
         self.stamps = stamps(self.arena.folder)
-        self.manifest = read_bytes(self.arena.folder / "manifest.json")
+        self.manifest = read_bytes(self.arena.folder / MANIFEST)
 
     def run(self, *command: str, log: Path, witness: "Witness | None" = None, **facts: str) -> process.Exit:
         """Run a Python program of the tree; `facts` are for its environment."""
@@ -67,13 +68,15 @@ class Track:
         folder, found = self.arena.folder, stamps(self.arena.folder)
         if found == self.stamps:
             return []
-        if self.manifest is not None and read_bytes(folder / "manifest.json") != self.manifest:
+        forged = self.manifest is not None and read_bytes(folder / MANIFEST) != self.manifest
+        if forged:
             folder.mkdir(exist_ok=True)
-            (folder / "manifest.json").write_bytes(self.manifest)  # or a forged one would vouch for forged files
+            (folder / MANIFEST).write_bytes(self.manifest or b"")  # or it would vouch for forged files
         if prepare_arena(self.tree, self.arena.name) != self.arena:
             raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
         before, self.stamps = self.stamps, stamps(folder)
-        return sorted(name for name in before if self.stamps.get(name) != found.get(name))
+        again = {name for name in before if self.stamps.get(name) != found.get(name)}
+        return sorted(again if forged else again - {MANIFEST})  # it is written last, whatever was made
 
 
 def stamps(folder: Path) -> Stamps:

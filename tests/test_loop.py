@@ -184,7 +184,8 @@ def test_time_out(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         (project.root / "loop.py").read_text().replace("max(120.0, 2 * arena.budget)", "2.0")
     )
     project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "a limit for the test")
-    hang = "import os, time; os.fork() or os.setsid(); time.sleep(1000)"
+    start = 'import os, time; os.write(int(os.environ["AUTORESEARCH_TICKS"]), b"(.")'
+    hang = f"{start}; os.fork() or os.setsid(); time.sleep(1000)"
     said = project.research(f"sed -i '1i {hang}' train.py; echo sleep on it")
     assert "asking for repair" not in said
     assert "Crash: killed at the limit of 2 s" in project.git("log", "-1", "--format=%B", project.rows()[1]["commit"])

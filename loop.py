@@ -11,6 +11,7 @@ judges it. Everything that happened is in git; kill this at any instant and star
 """
 
 import argparse
+import json
 import math
 import os
 import resource
@@ -25,11 +26,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from rich.console import Console
+
 from autoresearch import checks, gpu, isolation, locks, prompt, records, source
 from autoresearch.agents import AgentCall, ask, find_agent, spent_on
-from autoresearch.display import Plain, standing
+from autoresearch.display import NOW, Display, count, facts, standing
 from autoresearch.git import GitError, Repo, size_of
-from autoresearch.ledger import PROGRAMS, REFS, Ledger, read_history
+from autoresearch.ledger import LOCK, PROGRAMS, REFS, Ledger, read_history
 from autoresearch.options import parse, whole
 from autoresearch.presets import PRESETS, Agent
 from autoresearch.process import STOPS, sweep, uninterrupted
@@ -53,6 +56,7 @@ from autoresearch.records import (
     UserError,
 )
 from autoresearch.referee import review
+from autoresearch.scene import load
 from autoresearch.trial import Track, check_syntax, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
@@ -80,15 +84,22 @@ class Budget:
     paid: float = 0.0  # dollars, for the agent
     start: float = field(default_factory=clock)
 
+    @property
+    def hours_spent(self) -> float:
+        return (clock() - self.start) / 3600
+
+    @property
+    def dollars_spent(self) -> float:
+        return self.paid + self.gpu_rate * self.hours_spent
+
     def spent(self) -> str | None:
         """Which limit is reached, if any; asked before each experiment, and while something is waited for."""
-        hours = (clock() - self.start) / 3600
-        dollars = self.paid + self.gpu_rate * hours
         if self.done >= self.experiments:
-            return f"{self.experiments:g} experiments done"
-        if hours >= self.hours:
+            return f"{count(self.done)} done"
+        if self.hours_spent >= self.hours:
             return f"{self.hours:g} hours are over"
-        return f"${dollars:.2f} of ${self.dollars:g} are spent" if dollars >= self.dollars else None
+        over = self.dollars_spent >= self.dollars
+        return f"${self.dollars_spent:.2f} of ${self.dollars:g} are spent" if over else None
 
 
 @dataclass(frozen=True)
@@ -383,9 +394,10 @@ def reconcile(checkout: Repo, ledger: Ledger, show: Callable[[Event], None]) -> 
 
 def start(options: argparse.Namespace) -> int:
     """Start or resume a run and stay with it until a limit is reached; returns the exit code."""
-    show, budget = Plain(), Budget(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
+    budget = Budget(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
     checkout = checks.open_checkout(ROOT)
     checks.check_tag(checkout, options.tag)
+    show = Display(options.tag, folder_of(options.tag), options.plain)
     agent = find_agent(options.agent, options.model)
     checks.check_prices(agent, options)
     if options.agent is None:
@@ -421,22 +433,26 @@ def start(options: argparse.Namespace) -> int:
 
 def work(lab: Lab) -> int:
     """Research, and leave everything in order, whatever ends it."""
-    ledger, before = lab.ledger, len(lab.ledger.history)
-    lab.show(
-        records.Started(
-            ledger.tag, ledger.branch, lab.agent.name, lab.track.arena, lab.machine, before, ledger.incumbent_bpb,
-            lab.track.isolation.missing,
-        )
-    )  # fmt: skip
-    code = 0
+    ledger = lab.ledger
+    code, ended = 1, "an error"
     try:
+        lab.show(
+            records.Started(
+                ledger.tag, ledger.branch, lab.agent.name, lab.track.arena, lab.machine, tuple(ledger.experiments),
+                lab.agent_limit, lab.track.isolation.missing,
+            )
+        )  # fmt: skip
         ended = research(lab)
+        code = 0
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
+    except Exception as error:
+        ended = explain(error)
+        raise
     finally:
         with uninterrupted():
             sweep(ledger.folder, frozenset())
-    lab.show(records.Stopped(ended, len(ledger.history) - before, ledger.best))
+            lab.show(records.Stopped(ended, lab.budget.done, ledger.best, lab.budget.dollars_spent))
     return code
 
 
@@ -446,33 +462,63 @@ def work(lab: Lab) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Print where a run stands."""
-    experiments = past(options.tag)
-    print(standing(experiments, locks.holder(ROOT / "runs" / experiments[0].tag / "lock")))
+    tag, experiments = past(options.tag)
+    folder = folder_of(tag)
+    scene, holder = load(folder / NOW, tag, experiments), locks.holder(folder / LOCK)
+    if options.json:
+        print(json.dumps(facts(scene, folder, holder), indent=1))
+    else:
+        Console().print(standing(scene, folder, holder))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write progress.png and report.html of a run, or a picture of any results.tsv."""
+    from autoresearch import report  # matplotlib takes half a second
+
+    if options.results:
+        report.draw(report.read_table(options.results), str(options.results), Path("progress.png"))
+        print("progress.png")
+        return 0
+    checkout = checks.open_checkout(ROOT)
+    tag, _ = past(options.tag)
+    for path in report.write_report(checkout, read_history(checkout, tag), folder_of(tag)):
+        print(path)
     return 0
 
 
 def show_prompt(options: argparse.Namespace) -> int:
     """Print what the agent would be told now."""
-    taste = (ROOT / "program.md").read_text(encoding="utf-8", errors="replace")
-    print(prompt.brief(taste, past(options.tag)), end="")
+    tag, experiments = past(options.tag)
+    if not experiments:
+        raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
+    print(prompt.brief((ROOT / "program.md").read_text(encoding="utf-8", errors="replace"), experiments), end="")
     return 0
 
 
-def past(tag: str | None) -> list[Experiment]:
-    """The experiments of a run as git holds them: of the one named, else of the one that ran last."""
+def past(tag: str | None) -> tuple[str, list[Experiment]]:
+    """A run and its experiments as git holds them: of the one named, else of the one that was active last."""
     experiments = [experiment for _, experiment in read_history(checks.open_checkout(ROOT), tag or "*")]
-    if not experiments:
-        running = locks.holder(ROOT / "runs" / (tag or "") / "lock")
-        why = f"; {running} is training the baseline" if running else ""
-        raise UserError(f"no experiments yet under {REFS}/{tag or ''}{why}")
-    last = max(experiments, key=lambda e: e.finished)
-    mine = [experiment for experiment in experiments if experiment.tag == last.tag]
-    if not any(e.status == "keep" for e in mine):
-        raise UserError(f"{last.tag} has lost its baseline, {REFS}/{last.tag}/0000")
-    return mine
+    active = {
+        path.parent.name: path.stat().st_mtime for path in folder_of(tag or "*").parent.glob(f"{tag or '*'}/{NOW}")
+    }
+    for e in experiments:
+        finished = datetime.fromisoformat(e.finished).timestamp()
+        active[e.tag] = max(active.get(e.tag, 0.0), finished)
+    if not active:
+        raise UserError(f"no experiments yet under {REFS}/{tag or ''}")
+    last = max(active, key=lambda name: active[name])
+    mine = [e for e in experiments if e.tag == last]
+    if mine and not any(e.status == "keep" for e in mine):
+        raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
+    return last, mine
 
 
-COMMANDS = {"run": start, "status": status, "prompt": show_prompt}
+def folder_of(tag: str) -> Path:
+    return ROOT / "runs" / tag
+
+
+COMMANDS = {"run": start, "status": status, "report": report, "prompt": show_prompt}
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:

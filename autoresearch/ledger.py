@@ -13,6 +13,7 @@ from autoresearch.git import GitError, Repo
 from autoresearch.records import Event, Experiment, Mended, UserError, message, parse_message
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
+LOCK = "lock"  # in a run's folder
 REFS = "refs/autoresearch"
 PROGRAMS = "refs/autoresearch-program"  # every program.md that was ever in force
 
@@ -27,7 +28,7 @@ class Ledger:
         self.show = show
         self.branch = f"autoresearch/{tag}"
         self.folder = checkout.tree / "runs" / tag
-        self.lock = self.folder / "lock"
+        self.lock = self.folder / LOCK
         self.in_flight = self.folder / "in-flight"
         self.table = checkout.tree / "results.tsv"
         self.history: list[tuple[str, Experiment]] = []

@@ -55,6 +55,9 @@ def parse(argv: list[str] | None, description: str, commands: Iterable[str]) -> 
     )
     add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
     add("--no-isolation", action="store_true", help="let train.py use the network and see the whole environment")
+    add("--plain", action="store_true", help="a line for each event, as where there is no terminal")
+    add("--results", metavar="FILE", type=Path, help="of report: draw this results.tsv, which may be upstream's")
+    add("--json", action="store_true", help="of status, for scripts")
     add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine")
     options = parser.parse_args(argv)
     if options.command != first:

@@ -5,6 +5,7 @@ However long the history, what is said of it stays within some 5,000 tokens: lis
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 from autoresearch.records import TIE, Crashed, Experiment, one_line
 
@@ -107,15 +108,20 @@ def figures(e: Experiment) -> str:
     return f"; {e.steps} steps, {speed / 1000:.0f}k tok/s, {size:.1f}M parameters, {memory:.1f} GB"
 
 
-def themes(experiments: list[Experiment]) -> str:
-    """What was tried of each part of the program, with counts and for constants with the values: from the diffs."""
-    tried: dict[str, list[tuple[str, Experiment]]] = defaultdict(list)
+def tried(experiments: Sequence[Experiment]) -> list[tuple[str, list[tuple[str, Experiment]]]]:
+    """What was tried of each part of the program, the most often tried first: (part, [(value, experiment)])."""
+    parts: dict[str, list[tuple[str, Experiment]]] = defaultdict(list)
     for e in experiments[1:]:
         for change in (e.changes or "").split("; "):
             name, _, values = change.lstrip("+-").partition(" ")
             if name and not name.endswith("…"):
-                tried[name].append(("removed" if change[0] == "-" else values.rpartition("-> ")[2], e))
-    order = sorted(tried.items(), key=lambda item: (-len(item[1]), item[0]))
+                parts[name].append(("removed" if change[0] == "-" else values.rpartition("-> ")[2], e))
+    return sorted(parts.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def themes(experiments: list[Experiment]) -> str:
+    """What was tried of each part of the program, with counts and for constants with the values: from the diffs."""
+    order = tried(experiments)
     if not order:
         return ""
     lines = [theme(name, entries) for name, entries in order[:THEMES]]
@@ -173,11 +179,11 @@ def score(e: Experiment) -> str:
 
 
 def gain(e: Experiment) -> float:
-    return e.incumbent - e.val_bpb if e.incumbent is not None and e.val_bpb is not None else 0.0
+    return e.gain or 0.0
 
 
 def signed(e: Experiment) -> str:
-    return f" ({-gain(e):+.6f})" if e.incumbent is not None and e.val_bpb is not None else ""
+    return "" if e.gain is None else f" ({-e.gain:+.6f})"
 
 
 def printable(text: str) -> str:

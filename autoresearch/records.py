@@ -62,6 +62,8 @@ class Summary:
     num_steps: int
     num_params_M: float
     depth: int
+    startup_seconds: float | None = None  # from the process's start to the first batch
+    evaluation_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ class Experiment:
     memory_gb: float | None = None
     training_seconds: float | None = None
     total_seconds: float | None = None
+    startup_seconds: float | None = None
+    evaluation_seconds: float | None = None
     referee_seconds: float | None = None
     tokens_M: float | None = None
     tokens_per_second: float | None = None
@@ -245,6 +249,11 @@ class Experiment:
     tokens_cached: int | None = None
     tokens_out: int | None = None
     cost_usd: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How much better than the incumbent of its time; None without a number or an incumbent."""
+        return None if self.val_bpb is None or self.incumbent is None else self.incumbent - self.val_bpb
 
     @property
     def lines(self) -> int:
@@ -278,7 +287,9 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
                 "curve": curve or None, "sealed_bpb": sealed_bpb, "referee_seconds": referee_seconds,
                 "val_bpb": summary.val_bpb, "val_bpb_upstream": summary.val_bpb_upstream, "run_seconds": seconds,
                 "memory_gb": summary.peak_vram_mb / 1024, "training_seconds": summary.training_seconds,
-                "total_seconds": summary.total_seconds, "tokens_M": summary.total_tokens_M, "steps": summary.num_steps,
+                "total_seconds": summary.total_seconds, "startup_seconds": summary.startup_seconds,
+                "evaluation_seconds": summary.evaluation_seconds,
+                "tokens_M": summary.total_tokens_M, "steps": summary.num_steps,
                 "tokens_per_second": summary.total_tokens_M * 1e6 / summary.training_seconds,
                 "params_M": summary.num_params_M, "mfu_percent": summary.mfu_percent,
             }  # fmt: skip
@@ -312,6 +323,8 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Training-seconds", "training_seconds", float, ".1f"),
     ("Total-seconds", "total_seconds", float, ".1f"),
     ("Run-seconds", "run_seconds", float, ".1f"),
+    ("Startup-seconds", "startup_seconds", float, ".1f"),
+    ("Evaluation-seconds", "evaluation_seconds", float, ".1f"),
     ("Referee-seconds", "referee_seconds", float, ".1f"),
     ("Tokens-M", "tokens_M", float, ".3f"),
     ("Steps", "steps", int, "d"),
@@ -399,8 +412,8 @@ class Started:
     agent: str
     arena: Arena
     machine: Machine
-    recorded: int  # experiments that the history already holds
-    incumbent: float | None
+    history: tuple[Experiment, ...]
+    agent_limit: float  # seconds of a call
     exposed: str  # why train.py runs without isolation; empty when it has it
 
 
@@ -465,6 +478,7 @@ class Stopped:
     reason: str
     experiments: int  # of this call
     best: Experiment | None
+    dollars: float  # of this call
 
 
 Event = (

@@ -72,7 +72,7 @@ class Track:
         if forged:
             folder.mkdir(exist_ok=True)
             (folder / MANIFEST).write_bytes(self.manifest or b"")  # or it would vouch for forged files
-        if prepare_arena(self.tree, self.arena.name) != self.arena:
+        if prepare_arena(self.tree, self.arena.name, quietly=True) != self.arena:
             raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
         before, self.stamps = self.stamps, stamps(folder)
         again = {name for name in before if self.stamps.get(name) != found.get(name)}
@@ -205,6 +205,31 @@ MAX_LINE = 300  # characters; what is longer is no line of progress
 NOT_FINITE = re.compile(r"[\d.]+%(?:(?!\bloss)[^\r\n])*\bloss\W{0,3}(nan|inf)\b", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What one line along the way says: percent of the budget, the loss, tokens per second where they are told."""
+
+    percent: float
+    loss: float
+    speed: float | None
+
+
+def read_line(line: str) -> Progress | None:
+    """One of train.py's progress lines; None for any other."""
+    found = PROGRESS.search(line) if "loss" in line and len(line) <= MAX_LINE else None
+    with suppress(ValueError, OverflowError):
+        if found:
+            speed = found[3] and float(found[3].replace(",", ""))
+            return Progress(float(found[1]), float(found[2]), speed or None)
+    return None
+
+
+def read_progress(log: str) -> Progress | None:
+    """The last progress line of a log."""
+    lines = reversed(re.split(r"[\r\n]+", log)[1:] if len(log) > MAX_LINE else re.split(r"[\r\n]+", log))
+    return next((p for p in map(read_line, lines) if p and 0 <= p.percent <= 100), None)
+
+
 def read_curve(log: str) -> str:
     """The loss and the tokens per second at each tenth of the budget, as far as train.py's progress lines give them.
 
@@ -212,17 +237,15 @@ def read_curve(log: str) -> str:
     '11% 4.250 81k/s'
     """
     points: dict[int, str] = {}
-    lines = (line for line in re.split(r"[\r\n]+", log) if "loss" in line and len(line) <= MAX_LINE)
-    for percent, loss, speed in (found.groups("") for found in map(PROGRESS.search, lines) if found):
-        with suppress(ValueError, OverflowError):
-            done, value = float(percent), float(loss)
-            if 10 <= done <= 100:
-                pace = f" {float(speed.replace(',', '')) / 1000:.0f}k/s" if speed else ""
-                points.setdefault(int(done // 10), f"{done:.0f}% {value:.3f}{pace}")
+    for p in map(read_line, re.split(r"[\r\n]+", log)):
+        if p and 10 <= p.percent <= 100:
+            pace = f" {p.speed / 1000:.0f}k/s" if p.speed else ""
+            points.setdefault(int(p.percent // 10), f"{p.percent:.0f}% {p.loss:.3f}{pace}")
     return ", ".join(points[tenth] for tenth in sorted(points))
 
 
 MAY_BE_UNKNOWN = {"mfu_percent"}
+MAY_BE_MISSING = {"startup_seconds", "evaluation_seconds"}
 
 
 def read_summary(log: str, budget: float) -> Summary:
@@ -244,6 +267,8 @@ def read_summary(log: str, budget: float) -> Summary:
 
 def read_value(block: str, name: str, whole: bool) -> float | int | None:
     found = re.findall(rf"^{name}:\s*(\S+)$", block, re.MULTILINE)
+    if not found and name in MAY_BE_MISSING:
+        return None
     if len(found) != 1:
         raise ValueError(f"the summary has {len(found)} lines of {name}")
     if found[0] == "n/a" and name in MAY_BE_UNKNOWN:
@@ -261,14 +286,16 @@ def read_value(block: str, name: str, whole: bool) -> float | int | None:
 # Before the first run
 
 
-def prepare_arena(tree: Path, name: str) -> Arena:
-    """Have prepare.py make an arena ready and take the facts from its last line. It talks to the terminal itself,
-    so that a UserError for what it refused has nothing to add."""
+def prepare_arena(tree: Path, name: str, quietly: bool = False) -> Arena:
+    """Have prepare.py make an arena ready and take the facts from its last line. Unless `quietly`, it talks to the
+    terminal itself, so that a UserError for what it refused has nothing to add."""
     command = [sys.executable, "prepare.py", "--arena", name]
     env = {variable: value for variable, value in os.environ.items() if variable != "AUTORESEARCH_ARENA"}
-    done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    err = subprocess.PIPE if quietly else None
+    done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=err, text=True, check=False)
     if done.returncode:
-        why = f"prepare.py was killed by signal {-done.returncode}" if done.returncode < 0 else ""
+        said = (done.stderr or "").strip().rpartition("\n")[2].removeprefix("error: ")
+        why = f"prepare.py was killed by signal {-done.returncode}" if done.returncode < 0 else one_line(said)
         raise UserError(why, max(done.returncode, 1))
     try:
         facts = json.loads(done.stdout.strip().rpartition("\n")[2].removeprefix("ready: "))

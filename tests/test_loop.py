@@ -206,7 +206,7 @@ def test_budget_of_experiments_and_resume(project: Project) -> None:
     project.research(agent, experiments=2)
     tip = project.git("rev-parse", "autoresearch/t")
     said = project.research(agent, experiments=1)
-    assert "resuming after 3 experiments, best 0.001" in said
+    assert "resuming after 2 experiments, best 0.001" in said
     assert [row["experiment"] for row in project.rows()] == ["0", "1", "2", "3"]
     assert project.git("merge-base", "autoresearch/t", tip) == tip
     project.check()

@@ -1,0 +1,372 @@
+"""What was found, at what price, and whether to believe it: progress.png for a glance, report.html for the morning."""
+
+import csv
+import json
+import math
+import re
+import string
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from statistics import quantiles
+
+from autoresearch import process, prompt
+from autoresearch.display import duration, money
+from autoresearch.git import Repo
+from autoresearch.records import TIE, Experiment, UserError, one_line
+from autoresearch.scene import Figures, figures
+
+GREEN, GREY, ORANGE = "#188038", "#9aa0a6", "#b06000"
+LABELS = 16  # gains named in the picture: the largest
+MAX_DIFF = 20_000  # characters of a diff that are shown
+MAX_LOG = 3_000  # characters of a log's end that are shown
+
+
+@dataclass(frozen=True)
+class Point:
+    """One experiment in a chart. No number is nan there, which no chart draws."""
+
+    number: int
+    status: str
+    val_bpb: float
+    description: str
+    sealed: float = math.nan
+
+
+def points_of(history: Iterable[Experiment]) -> list[Point]:
+    return [
+        Point(e.number, e.status, number(e.val_bpb), e.description, number(e.sealed_bpb)) for e in history
+    ]  # fmt: skip
+
+
+def number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def read_table(path: Path) -> list[Point]:
+    """The rows of a results.tsv, ours or upstream's, numbered as they come; UserError when it is none."""
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return [
+            Point(
+                number, row["status"], float(row["val_bpb"]) if row["status"] != "crash" else math.nan,
+                one_line(row["description"] or "", 200),
+            )
+            for number, row in enumerate(rows)
+        ]  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        columns = "commit, val_bpb, memory_gb, status, description"
+        raise UserError(f"{path} is no results.tsv, tab-separated with the columns {columns} ({error!r})") from None
+
+
+# -----------------------------------------------------------------------------
+# The chart: val_bpb by experiment
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What both charts show: the points with a number, the running best as a step line, the sealed scores of the kept
+    moved to the same start, and the range of the axis, which leaves out what is far off."""
+
+    points: list[Point]
+    best: list[tuple[int, float]]
+    sealed: list[tuple[int, float]]
+    low: float
+    high: float
+    last: int
+
+
+def curve_of(points: Sequence[Point]) -> Curve:
+    """UserError when no experiment was kept."""
+    scored = [p for p in points if math.isfinite(p.val_bpb)]
+    kept = [p for p in scored if p.status == "keep"]
+    if not kept:
+        raise UserError("nothing to draw: no experiment was kept yet")
+    values = [p.val_bpb for p in kept]
+    sealed = [p for p in kept if math.isfinite(p.sealed)]
+    moved = [(p.number, p.sealed + sealed[0].val_bpb - sealed[0].sealed) for p in sealed]
+    # of what was discarded, the better half; a failed idea can be worse by the whole range of what was found
+    others = [p.val_bpb for p in scored if p.status != "keep"]
+    middle = quantiles(others, n=2)[0] if len(others) > 1 else max([*others, values[0]])
+    ends = [*values, *(value for _, value in moved), min(middle, values[0] + 2 * (values[0] - min(values)) + 10 * TIE)]
+    margin = max((max(ends) - min(ends)) * 0.08, 5 * TIE)
+    best = [(p.number, p.val_bpb) for p in kept]
+    return Curve(scored, best, moved, min(ends) - margin, max(ends) + margin, max(p.number for p in points))
+
+
+def draw(points: Sequence[Point], title: str, path: Path) -> None:
+    """Write the chart as a picture of 1400 x 700 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that the loop need not wait for
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    curve = curve_of(points)
+    figure = Figure(figsize=(10, 5), dpi=140)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.075, 0.1, 0.575, 0.82))
+    faint = [p for p in curve.points if p.status != "keep"]
+    near, far = ([p for p in faint if (p.val_bpb <= curve.high) == inside] for inside in (True, False))
+    axes.plot([p.number for p in near], [p.val_bpb for p in near], ".", color=GREY, alpha=0.5, label="discarded")
+    axes.plot([p.number for p in far], [curve.high] * len(far), "^", color=GREY, alpha=0.5, ms=4, clip_on=False)
+    numbers, values = zip(*[*curve.best, (curve.last, curve.best[-1][1])], strict=True)
+    axes.step(numbers, values, where="post", color=GREEN, lw=1.5, label="best so far")
+    axes.plot(numbers[:-1], values[:-1], "o", color=GREEN, ms=5, label="kept")
+    if len(curve.sealed) > 1:
+        axes.step(
+            *zip(*curve.sealed, strict=True), where="post", color=ORANGE, lw=1, ls=":", label="kept, on sealed text"
+        )
+    axes.set(xlabel="experiment", ylabel="val_bpb (lower is better)", ylim=(curve.low, curve.high))
+    axes.set_xlim(-0.02 * max(curve.last, 1), 1.02 * max(curve.last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(useOffset=False)
+    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, frameon=False)
+    named = largest(points)
+    shown = -math.inf
+    for p in named:
+        if p.number - shown > curve.last / 40:  # or the numbers would cover each other
+            shown = p.number
+            axes.annotate(
+                f"{p.number}", (p.number, p.val_bpb), xytext=(0, -11), textcoords="offset points", ha="center",
+                fontsize=7, color=GREEN,
+            )  # fmt: skip
+    ideas = "\n".join(f"{p.number:4d}  {textwrap.shorten(p.description, 52, placeholder='…')}" for p in named)
+    words = f"largest gains\n\n{ideas}" if named else "nothing better than the baseline yet"
+    figure.text(0.665, 0.9, words.replace("$", r"\$"), fontsize=7, va="top", linespacing=1.7)
+    fresh = path.with_suffix(".new.png")
+    figure.savefig(fresh)
+    fresh.replace(path)
+
+
+def largest(points: Sequence[Point]) -> list[Point]:
+    """The kept experiments that gained most, in their order."""
+    kept = [p for p in points if p.status == "keep" and math.isfinite(p.val_bpb)]
+    steps = sorted(pairwise(kept), key=lambda step: step[1].val_bpb - step[0].val_bpb)
+    return sorted((p for _, p in steps[:LABELS]), key=lambda p: p.number)
+
+
+def svg(history: Sequence[Experiment]) -> str:
+    """The chart for the page; each point tells its experiment when hovered, and opens it when clicked."""
+    curve = curve_of(points_of(history))
+    width, height, left, bottom, top = 960, 380, 70, 34, 12
+
+    def x(number: float) -> float:
+        return round(left + (width - left - 16) * (number / max(curve.last, 1)), 1)
+
+    def y(value: float) -> float:
+        inside = min(max(value, curve.low), curve.high)
+        return round(top + (height - top - bottom) * (curve.high - inside) / (curve.high - curve.low), 1)
+
+    def steps(line: Sequence[tuple[int, float]]) -> str:
+        path = f"M{x(line[0][0])} {y(line[0][1])}" + "".join(f"H{x(number)}V{y(value)}" for number, value in line[1:])
+        return f"{path}H{x(curve.last)}"
+
+    parts = []
+    for tick in ticks(curve.low, curve.high):
+        parts.append(f'<path class="grid" d="M{left} {y(tick)}H{width}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:.4g}</text>')
+    for tick in ticks(0, curve.last):
+        if tick == int(tick):
+            parts.append(f'<text x="{x(tick)}" y="{height - 8}" text-anchor="middle">{tick:.0f}</text>')
+    if len(curve.sealed) > 1:
+        parts.append(f'<path class="sealed" d="{steps(curve.sealed)}"/>')
+    parts.append(f'<path class="best" d="{steps(curve.best)}"/>')
+    for p in sorted(curve.points, key=lambda p: p.status == "keep"):
+        said = escape(f"{p.number}: {p.val_bpb:.6f} {p.status}. {p.description}")
+        radius = 5 if p.status == "keep" else 3
+        where = f'cx="{x(p.number)}" cy="{y(p.val_bpb)}" r="{radius}"'
+        parts.append(f'<circle class="{p.status}" data-n="{p.number}" {where}><title>{said}</title></circle>')
+    box = f'viewBox="0 0 {width} {height}" role="img" aria-label="val_bpb by experiment"'
+    return f'<svg id="chart" {box}>{"".join(parts)}</svg>'
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """
+    >>> ticks(0.0, 10.0, 5)
+    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    """
+    rough = max(high - low, 1e-9) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough)
+    return [round(i * step, 9) for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+
+def write_report(checkout: Repo, history: Sequence[tuple[str, Experiment]], folder: Path) -> tuple[Path, Path]:
+    """Write progress.png and report.html of one run into its folder, and return where."""
+    experiments = [e for _, e in history]
+    found = figures(experiments)
+    if found is None:
+        raise UserError("nothing to report: the run has no baseline yet")
+    first = experiments[0]
+    place = f"{first.arena}, {first.budget or 0:g} s each, on {first.gpu or 'a CPU'}"
+    agents = ", ".join(sorted({e.agent for e in experiments[1:]})) or first.agent
+    title = f"{first.tag}: {place}; agent {one_line(agents, 60)}"
+    picture, page = folder / "progress.png", folder / "report.html"
+    draw(points_of(experiments), title, picture)
+    template = string.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    details = [
+        detail(e, commit, diff, folder) for (commit, e), diff in zip(history, diffs(checkout, history), strict=True)
+    ]
+    text = template.substitute(
+        title=escape(title),
+        headline=headline(found, experiments),
+        belief=belief(experiments, found),
+        chart=svg(experiments),
+        gains=gains(experiments),
+        themes=themes(experiments),
+        spend=spend(found),
+        time=time_spent(found),
+        rows="".join(map(table_row, experiments)),
+        # data for the script, which puts it in as text: no end of a tag can stand in it
+        details=json.dumps(details).replace("<", "\\u003c"),
+    )
+    fresh = page.with_suffix(".new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(page)
+    return picture, page
+
+
+def headline(f: Figures, experiments: Sequence[Experiment]) -> str:
+    best = f.best
+    boxes = [
+        (f"{best.val_bpb:.6f}", f"best val_bpb, experiment {best.number}"),
+        (f"{-f.gain / f.baseline:+.2%}", f"{-f.gain:+.6f} from the baseline's {f.baseline:.6f}"),
+        (f"{f.experiments}", f"experiments: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"),
+        (duration(sum(f.seconds.values())), f"h:mm:ss of work, {f.hourly:.1f} experiments an hour"),
+        ((money(f) or ["unknown"])[0].partition(" (")[0], "spent, see below"),
+    ]
+    return "".join(f"<div><b>{escape(value)}</b><span>{escape(words)}</span></div>" for value, words in boxes)
+
+
+def belief(experiments: Sequence[Experiment], f: Figures) -> str:
+    """Whether to believe it: the sealed score, the noise, what the run was compared under."""
+    said = []
+    first, best = experiments[0], f.best
+    if best.number and first.sealed_bpb is not None and best.sealed_bpb is not None:
+        sealed = first.sealed_bpb - best.sealed_bpb
+        share = sealed / f.gain if f.gain > 0 else 0.0
+        verdict = (
+            "the gain holds on text that no decision was taken on" if share > 0.8 else
+            "part of the gain does not carry over: look at the last diffs" if share > 0.3 else
+            "the gain does not carry over to other text: the search may have fitted the validation rows"
+        )  # fmt: skip
+        said.append(
+            f"On sealed rows the best is {sealed:+.6f} better than the baseline, {share:.0%} of the gain: {verdict}."
+        )
+    small = [e for e in experiments[1:] if e.status == "keep" and (e.gain or 0.0) < 5 * TIE]
+    if small:
+        said.append(
+            f"{len(small)} of {f.kept} kept gained less than {5 * TIE:g}, five times what a run repeats itself to."
+        )
+    if not first.gpu:
+        said.append("A CPU's scores move with whatever else the machine does: take small gains for noise.")
+    under = f"arena {first.arena} ({first.data}), {first.gpu or 'CPU'}, torch {first.torch}, seed {first.seed}"
+    said.append(f"All scores were taken under one set of conditions: {under}.")
+    return "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
+
+
+def gains(experiments: Sequence[Experiment]) -> str:
+    kept = sorted((e for e in experiments if e.status == "keep" and e.gain), key=lambda e: -(e.gain or 0.0))
+    if not kept:
+        return "<p>None yet.</p>"
+    rows = "".join(
+        f'<li><a href="#" data-n="{e.number}">{-(e.gain or 0.0):+.6f}</a> {escape(e.description)} '
+        f"<small>experiment {e.number}, {e.lines:+d} lines</small></li>"
+        for e in kept[:15]
+    )
+    rest = (
+        f"<p>and {len(kept) - 15} more, {sum(e.gain or 0.0 for e in kept[15:]):.6f} together</p>"
+        if len(kept) > 15
+        else ""
+    )
+    return f"<ol>{rows}</ol>{rest}"
+
+
+def themes(experiments: Sequence[Experiment]) -> str:
+    """What was tried of each part of the program, the most often tried first."""
+    rows = []
+    for name, entries in prompt.tried(experiments)[: prompt.THEMES]:
+        scored = [e for _, e in entries if e.gain is not None]
+        best = max((e.gain or 0.0 for e in scored), default=None)
+        kept = sum(e.status == "keep" for _, e in entries)
+        lately = ", ".join(f"{one_line(value, 24)} {prompt.verdict(e)}".strip() for value, e in entries[-4:])
+        cells = (name, f"{len(entries)}", f"{kept}", "" if best is None else f"{-best:+.6f}", lately)
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "<tr><th>part</th><th>tried</th><th>kept</th><th>best</th><th>the latest, and how they went</th></tr>"
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>' if rows else "<p>Nothing yet.</p>"
+
+
+def spend(f: Figures) -> str:
+    if f.dollars is None:
+        return "<p>No call said what it cost, and no price was given for the GPU.</p>"
+    per = [f"${f.dollars / f.experiments:.3f} for an experiment"] if f.experiments else []
+    per += [f"${f.dollars / f.kept:.2f} for one that was kept"] if f.kept else []
+    per += [f"${f.dollars / (f.gain * 1000):.2f} for 0.001 of val_bpb"] if f.gain > TIE else []
+    return f"<p>{escape('; '.join([*money(f), *per]))}.</p>"
+
+
+def time_spent(f: Figures) -> str:
+    total = sum(f.seconds.values()) or 1.0
+    parts = [(name, value) for name, value in f.seconds.items() if value / total >= 0.001]
+    bars = "".join(
+        f'<i class="part{n}" style="flex-grow:{value / total:.4f}" title="{escape(name)}"></i>'
+        for n, (name, value) in enumerate(parts)
+    )
+    words = "".join(
+        f'<li><i class="part{n}"></i>{escape(name)} {duration(value)}, {value / total:.1%}</li>'
+        for n, (name, value) in enumerate(parts)
+    )
+    return f'<div class="bar">{bars}</div><ul class="legend">{words}</ul>'
+
+
+def table_row(e: Experiment) -> str:
+    """One row; `data-v` is what a column is sorted by, where it is not the text."""
+    cells = [
+        (f"{e.number}", e.number), (e.status, None), ("" if e.val_bpb is None else f"{e.val_bpb:.6f}", e.val_bpb),
+        ("" if e.gain is None else f"{-e.gain:+.6f}", None if e.gain is None else -e.gain),
+        (f"{e.memory_gb:.1f}" if e.memory_gb else "", e.memory_gb), (f"{e.minutes:.1f}", e.minutes),
+        ("" if e.cost_usd is None else f"{e.cost_usd:.2f}", e.cost_usd), (f"{e.lines:+d}", e.lines), (e.headline, None),
+    ]  # fmt: skip
+    tds = "".join(
+        f"<td{'' if value is None else f' data-v={json.dumps(str(value))}'}>{escape(text)}</td>"
+        for text, value in cells
+    )
+    return f'<tr class="{e.status}" data-n="{e.number}" tabindex="0">{tds}</tr>'
+
+
+SHOWN = ("description", "reason", "finished", "data", "source", "program", "status", "tag", "curve", "crash")
+
+
+def detail(e: Experiment, commit: str, diff: str, folder: Path) -> dict[str, object]:
+    """What is shown of an experiment when it is opened."""
+    own = folder / f"{e.number:04d}"
+    known = {name: value for name, value in asdict(e).items() if value is not None and name not in SHOWN}
+    log = process.tail(own / "run.log", 2 * MAX_LOG).replace("\r", "\n")
+    return {
+        "n": e.number, "commit": commit, "status": e.status, "description": e.description, "reason": e.reason,
+        "crash": e.crash, "curve": e.curve, "figures": known,
+        "diff": diff if len(diff) <= MAX_DIFF else f"{diff[:MAX_DIFF]}\n… cut off here; git show {commit[:10]} has all",
+        "log": prompt.printable(re.sub(r"\n+", "\n", log))[-MAX_LOG:],
+    }  # fmt: skip
+
+
+def diffs(checkout: Repo, history: Sequence[tuple[str, Experiment]]) -> list[str]:
+    """What each experiment changed, by one call of git."""
+    commits = [commit for commit, _ in history]
+    options = ("--stdin", "-p", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-color")
+    out = checkout.git("diff-tree", *options, stdin="".join(f"{commit}\n" for commit in commits))
+    # a hash on a line of its own, then the diff, whose lines all begin otherwise
+    _, *parts = re.split(r"^([0-9a-f]{40,64})\n", out, flags=re.MULTILINE)
+    found = dict(zip(parts[::2], parts[1::2], strict=True))
+    return [found.get(commit, "").strip("\n") for commit in commits]

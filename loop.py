@@ -4,6 +4,8 @@ Research, overnight, by itself: an agent edits train.py, git commits, five minut
     uv run loop.py                      today's run on this machine's GPU, started or resumed
     uv run loop.py --demo               any machine, no network, no key: five experiments of 15 s each
     uv run loop.py status               where it stands; works while it runs and after
+    uv run loop.py report               progress.png and report.html
+    uv run loop.py doctor               what a run here would need, and what of it is missing
     uv run loop.py prompt               what the agent is told
 
 The whole idea is in this file: `research` asks for experiments, `attempt` makes one, `settle` records it, `decide`
@@ -28,7 +30,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from autoresearch import checks, gpu, isolation, locks, prompt, records, source
+from autoresearch import checks, doctor, gpu, isolation, locks, prompt, records, report, source
 from autoresearch.agents import AgentCall, ask, find_agent, spent_on
 from autoresearch.display import NOW, Display, count, facts, standing
 from autoresearch.git import GitError, Repo, size_of
@@ -115,6 +117,7 @@ class Lab:
     agent_limit: float
     budget: Budget
     show: Callable[[Event], None]
+    report: report.Refresher | None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,6 +341,8 @@ def settle(
         if (model.parent.name == f"{recorded.number:04d}") != (recorded.status == "keep"):
             model.unlink()
     lab.show(records.Settled(recorded, final))
+    if lab.report:
+        lab.report.start()
 
 
 def decide(outcome: Outcome, lines: int, incumbent: float | None, best_ever: float | None) -> Status:
@@ -428,7 +433,8 @@ def start(options: argparse.Namespace) -> int:
         checks.check_comparable(ledger, arena, machine, seed)
         walls = isolation.NONE if options.no_isolation else isolation.find_isolation()
         track = Track(ledger.worktree().tree, arena, seed, limit, walls, mark=ledger.folder)
-        return work(Lab(checkout, ledger, track, machine, idle, agent, options.agent_timeout, budget, show))
+        refresher = None if options.no_report else report.Refresher(ROOT, options.tag)
+        return work(Lab(checkout, ledger, track, machine, idle, agent, options.agent_timeout, budget, show, refresher))
 
 
 def work(lab: Lab) -> int:
@@ -452,6 +458,8 @@ def work(lab: Lab) -> int:
     finally:
         with uninterrupted():
             sweep(ledger.folder, frozenset())
+            if lab.report and ledger.history:
+                lab.report.finish()
             lab.show(records.Stopped(ended, lab.budget.done, ledger.best, lab.budget.dollars_spent))
     return code
 
@@ -472,10 +480,8 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
-def report(options: argparse.Namespace) -> int:
+def write_report(options: argparse.Namespace) -> int:
     """Write progress.png and report.html of a run, or a picture of any results.tsv."""
-    from autoresearch import report  # matplotlib takes half a second
-
     if options.results:
         report.draw(report.read_table(options.results), str(options.results), Path("progress.png"))
         print("progress.png")
@@ -485,6 +491,13 @@ def report(options: argparse.Namespace) -> int:
     for path in report.write_report(checkout, read_history(checkout, tag), folder_of(tag)):
         print(path)
     return 0
+
+
+def examine(options: argparse.Namespace) -> int:
+    """Print what a run here would need, and what of it is missing."""
+    findings = list(doctor.examine(ROOT, options))
+    Console().print(doctor.table(findings))
+    return int(any(finding.state == "fail" for finding in findings))
 
 
 def show_prompt(options: argparse.Namespace) -> int:
@@ -518,7 +531,7 @@ def folder_of(tag: str) -> Path:
     return ROOT / "runs" / tag
 
 
-COMMANDS = {"run": start, "status": status, "report": report, "prompt": show_prompt}
+COMMANDS = {"run": start, "status": status, "report": write_report, "doctor": examine, "prompt": show_prompt}
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:

@@ -114,6 +114,7 @@ def render(scene: Scene, progress: Progress | None, now: float, note: str = "") 
     found = figures(scene.experiments)
     facts = [scene.arena and f"{scene.arena}, {scene.budget:g} s each", scene.gpu or "the CPU", scene.agent]
     title = Text.assemble((scene.tag, "bold"), "  ", (" · ".join(filter(None, facts)), "dim"))
+    title.no_wrap, title.overflow = True, "ellipsis"
     parts: list[RenderableType] = [title, *(headline(found) if found else ["no baseline yet"])]
     if len(scene.experiments) > 1:
         parts.append(Text.assemble((sparkline(running_best(scene.experiments)), "green"), ("  best so far", "dim")))
@@ -126,7 +127,7 @@ def render(scene: Scene, progress: Progress | None, now: float, note: str = "") 
 def headline(f: Figures) -> list[RenderableType]:
     best, share = f.best, f.gain / f.baseline
     idea = f"experiment {best.number}: {best.description}" if best.number else "nothing better yet"
-    spent = [f"{f.experiments} experiments: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"]
+    spent = [f"{count(f.experiments)}: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"]
     if f.experiments:
         spent.append(f"{f.hourly:.1f} an hour")
     return [

@@ -9,14 +9,18 @@ from pathlib import Path
 from autoresearch.records import UserError
 
 
+def cache() -> Path:
+    """Where the arenas are, and the locks of devices."""
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+
+
 def of_device(device: str) -> Path:
     """The lock of a GPU, by its UUID, or of the CPU."""
-    cache = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {cache}: {error.strerror}; AUTORESEARCH_CACHE moves the cache") from None
-    return cache / f"{device}.lock"
+        raise UserError(f"cannot write {cache()}: {error.strerror}; AUTORESEARCH_CACHE moves the cache") from None
+    return cache() / f"{device}.lock"
 
 
 @contextmanager

@@ -56,11 +56,12 @@ def parse(argv: list[str] | None, description: str, commands: Iterable[str]) -> 
     add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
     add("--no-isolation", action="store_true", help="let train.py use the network and see the whole environment")
     add("--plain", action="store_true", help="a line for each event, as where there is no terminal")
+    add("--no-report", action="store_true", help="do not refresh progress.png and report.html after each experiment")
     add("--results", metavar="FILE", type=Path, help="of report: draw this results.tsv, which may be upstream's")
     add("--json", action="store_true", help="of status, for scripts")
     add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine")
     options = parser.parse_args(argv)
-    if options.command != first:
+    if options.command not in (first, "doctor"):  # which asks what the first would need
         return options
     for name, value in (usual | DEMO if options.demo else usual).items():
         if getattr(options, name) is None:

@@ -31,6 +31,8 @@ class Agent:
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # written into the experiment's folder first
     verbatim: bool = False  # a person's own command, in which braces are the shell's
+    status: tuple[str, ...] = ()  # exits with 0 when it is logged in; empty where it cannot be asked offline
+    login: str = ""  # the cure
     dollars: bool = False  # whether it says what a call cost
     model: str | None = None
     price: tuple[float, float, float] | None = None  # dollars for a million tokens: input, cached input, output
@@ -44,6 +46,7 @@ PRESETS = {agent.name: agent for agent in (
          "--tools", "Read,Edit,Write,Grep,Glob", "--permission-mode", "dontAsk",
          "--allowedTools", "Edit(/{glob}/train.py)", "--max-turns", "30", "--max-budget-usd", "1", "{model}"),
         replies.read_claude, "npm install -g @anthropic-ai/claude-code", dollars=True,
+        status=("claude", "auth", "status"), login="claude auth login",
         env={"CLAUDE_CODE_MAX_RETRIES": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
              "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1"},
     ),
@@ -52,7 +55,10 @@ PRESETS = {agent.name: agent for agent in (
         ("codex", "exec", "--json", "--ephemeral", "--sandbox", "workspace-write", "--disable", "plugins",
          "-c", "sandbox_workspace_write.exclude_slash_tmp=true",
          "-c", "sandbox_workspace_write.exclude_tmpdir_env_var=true", "{model}", "-"),
-        replies.read_codex, "npm install -g @openai/codex",
+        replies.read_codex, "npm install -g @openai/codex", login="codex login",
+        # of a key in the environment and of a provider of one's own it knows nothing here
+        status=("sh", "-c", 'test -n "$CODEX_API_KEY" || codex login status || '
+                "grep -qs '^ *model_provider *=' \"${CODEX_HOME:-$HOME/.codex}/config.toml\""),
     ),
     Agent(
         "gemini",

@@ -3,10 +3,14 @@
 import csv
 import json
 import math
+import os
 import re
 import string
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from itertools import pairwise
@@ -63,6 +67,33 @@ def read_table(path: Path) -> list[Point]:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         columns = "commit, val_bpb, memory_gb, status, description"
         raise UserError(f"{path} is no results.tsv, tab-separated with the columns {columns} ({error!r})") from None
+
+
+class Refresher:
+    """Has the report made again, by a process that takes only the time that nobody else wants."""
+
+    def __init__(self, root: Path, tag: str):
+        self.command = [sys.executable, str(root / "loop.py"), "report", "--tag", tag]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Unless the last one is still at it: then the next experiment's will show both."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = self.spawn()
+            with suppress(OSError):
+                os.sched_setscheduler(self.process.pid, os.SCHED_IDLE, os.sched_param(0))
+
+    def finish(self) -> None:
+        """Make the last one, with all that is known, and wait for it."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.spawn().wait(timeout=60)
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(self.command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 # -----------------------------------------------------------------------------

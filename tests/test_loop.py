@@ -336,12 +336,3 @@ def test_a_terminal_of_ascii(project: Project) -> None:
     project.env["PYTHONIOENCODING"] = "ascii"
     project.research(f"{WORSE} > /dev/null; echo 'idée → :fire:'")
     assert project.rows()[1]["description"] == "idée → :fire:"
-
-
-def test_status(project: Project) -> None:
-    project.research(BETTER)
-    assert project.loop("status") == project.loop("status", "--tag=t")  # without a tag, the one that ran last
-    said = project.loop("status", "--tag=t")
-    assert (
-        "t: not running" in said and "1 experiments" in said and "best 0.900000, experiment 1: lower the score" in said
-    )

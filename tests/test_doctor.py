@@ -1,0 +1,96 @@
+"""What the doctor says of a machine: each finding by really breaking that one thing."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import Project
+from test_bad_input import without_gpu
+
+GPU = "A GPU, 570.1, GPU-1"
+
+
+def findings(project: Project, *args: str, code: int) -> dict[str, str]:
+    """The first line of each finding, by its name: its state and what is said, as far as it fits."""
+    project.env["COLUMNS"] = "400"
+    lines = project.loop("doctor", *args, code=code).splitlines()
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in reversed(lines)}
+
+
+def fake_smi(project: Project, cap: str = "9.0", memory: str = "81559", apps: str = "") -> None:
+    folder = project.root.parent / "smi"
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"""#!/bin/sh
+case "$*" in
+*compute_cap*) echo "{cap}, {memory}";;
+*compute-apps*) printf '{apps}';;
+*memory.used*) echo 100;;
+*) echo "{GPU}";;
+esac
+""")
+    (folder / "nvidia-smi").chmod(0o755)
+    project.env["PATH"] = f"{folder}:{project.env['PATH']}"
+
+
+def test_all_is_well_for_the_demo(project: Project) -> None:
+    found = findings(project, "--demo", code=0)
+    assert set(found) == {"git", "GPU", "torch", "isolation", "disk", "memory", "data", "agent"}
+    assert all(said.startswith(("ok", "warn")) for said in found.values())
+    assert "the run would be demo" in found["git"] and not (project.root / "runs").exists()
+
+
+def test_what_is_missing(project: Project) -> None:
+    """No GPU, no agent, an edit that is not committed, and no way to the data."""
+    project.env["PATH"] = without_gpu(project)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    project.env["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"  # where nobody listens now
+    with (project.root / "train.py").open("a") as file:
+        file.write("# mine\n")
+    found = findings(project, code=1)
+    assert "fail train.py has changes that are not committed: `git commit` or" in found["git"]
+    assert "fail no NVIDIA GPU found" in found["GPU"] and "try --demo" in found["GPU"]
+    assert "HF_ENDPOINT names a mirror" in found["data"] and found["data"].startswith("fail")
+    assert found["agent"].startswith("fail no coding agent is installed")
+
+
+@pytest.mark.parametrize(
+    ("smi", "state", "words"),
+    [
+        ({}, "ok", "A GPU, driver 570.1, compute capability 9.0, 81559 MB"),
+        ({"cap": "7.5"}, "fail", "older than 8.0"),
+        ({"memory": "6144"}, "warn", "--arena tinystories"),
+    ],
+)
+def test_a_gpu(project: Project, smi: dict[str, str], state: str, words: str) -> None:
+    fake_smi(project, **smi)
+    found = findings(project, "--arena=python", "--agent=true", code=1)  # since torch cannot use it
+    assert found["GPU"].startswith(state) and words in found["GPU"]
+    assert found["torch"].startswith("fail") and "uv pip install torch --torch-backend=auto" in found["torch"]
+
+
+def test_a_gpu_in_use(project: Project) -> None:
+    fake_smi(project, apps="4711, python3, 5120\\n")
+    said = project.loop("doctor", "--arena=python", "--agent=true", code=1)
+    assert "in use by process 4711 (python3," in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "ok claude says that it is"), (1, "fail claude is not logged in: `cl")]
+)
+def test_login(project: Project, code: int, state: str) -> None:
+    """The CLI's own answer, by its exit code; tests/test_clients.py asks the real one."""
+    fakes = project.root.parent / "fakes"
+    fakes.mkdir()
+    (fakes / "claude").write_text(f'#!/bin/sh\n[ "$*" = "auth status" ] && exit {code}\n')
+    (fakes / "claude").chmod(0o755)
+    project.env["PATH"] = f"{fakes}:{project.env['PATH']}"
+    found = findings(project, "--arena=demo", "--agent=claude", code=code)
+    assert found["login"].startswith(state)
+
+
+def test_a_run_that_runs_and_a_cache_that_cannot_be_written(project: Project) -> None:
+    cache = Path("/proc/nowhere")
+    project.env["AUTORESEARCH_CACHE"] = str(cache)
+    said = " ".join(project.loop("doctor", "--demo", code=1).split())
+    assert "/proc cannot be written: AUTORESEARCH_CACHE moves the cache" in said

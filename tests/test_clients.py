@@ -268,6 +268,13 @@ def test_ten_experiments(project: Project, play: Play, agent: str) -> None:
     project.check()
 
 
+def test_the_doctor_asks_whether_it_is_logged_in(project: Project, client: str, play: Play) -> None:
+    args = ("doctor", "--arena=demo", f"--agent={client}")
+    assert f"{client} is not logged in" in project.loop(*args, code=1)
+    play(always(DONE))
+    assert f"{client} says that it is logged in" in " ".join(project.loop(*args).split())
+
+
 def test_the_price_table(project: Project, play: Play) -> None:
     """Tokens become dollars by the user's own prices: of 2 x 100 in, 30 each were cached, and 20 each went out."""
     needed("codex")

@@ -1,0 +1,101 @@
+"""
+How long the report of a night takes to write, and to load in a browser.
+
+    uv run python -m benchmarks.report_bench                  1,000 experiments
+    uv run python -m benchmarks.report_bench --experiments 100
+
+The history is made up, with descriptions, diffs and logs as long as real ones; git really holds it.
+"""
+
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from autoresearch import report
+from autoresearch.git import Repo
+from autoresearch.ledger import read_history
+from autoresearch.options import Parser, whole
+from autoresearch.records import Experiment, message
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = Parser(description="Time the report of a long night.")
+    parser.add_argument("--experiments", type=whole, default=1000, help="default: 1000")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkout = make_history(folder, options.experiments)
+        start = time.perf_counter()
+        history = read_history(checkout, "t")
+        read = time.perf_counter() - start
+        picture, page = report.write_report(checkout, history, folder / "runs/t")
+        written = time.perf_counter() - start
+        print(f"{len(history)} experiments: read from git in {read:.2f} s, report written in {written:.2f} s")
+        print(f"report.html {page.stat().st_size / 1e6:.1f} MB, progress.png {picture.stat().st_size / 1e3:.0f} kB")
+        if chromium := shutil.which("chromium"):
+            print("loaded in", ", ".join(f"{load(chromium, page):.2f} s" for _ in range(3)))
+
+
+def make_history(folder: Path, count: int) -> Repo:
+    """A repository with a night's refs, each with its own train.py, and a folder with the logs."""
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+    checkout, rng, best = Repo.at(folder), random.Random(0), 1.0
+    text = (ROOT / "train.py").read_text().splitlines()
+    base = commit_file(checkout, text, "start", None)
+    now = datetime(2026, 11, 24, 22, tzinfo=UTC)
+    for number in range(count):
+        changed = list(text)
+        for at in rng.sample(range(len(text)), 6 if number else 0):
+            changed[at] += f"  # {rng.random()} <b>"
+        kept = number == 0 or rng.random() < 0.05
+        score = best - (0.001 if number else 0.0) if kept else best + rng.random() / 50
+        e = Experiment(
+            tag="t", number=number, status="keep" if kept else "discard", description=f"idea {number}: " + "word " * 12,
+            reason="because " * 60, finished=(now + timedelta(seconds=345 * number)).isoformat(), arena="climbmix",
+            data="d", seed=42, agent="claude", torch="2.15", program="p", added=6, removed=6, repairs=0,
+            agent_seconds=40.0, run_seconds=318.0, budget=300.0, training_seconds=300.0, val_bpb=score,
+            sealed_bpb=score, incumbent=best if number else None, memory_gb=40.0, cost_usd=0.1, steps=2000, gpu="H200",
+            changes="DEPTH 6 -> 7",
+        )  # fmt: skip
+        final = commit_file(checkout, changed, message(e), base)
+        checkout.create(f"refs/autoresearch/t/{number:04d}", final)
+        own = folder / f"runs/t/{number:04d}"
+        own.mkdir(parents=True)
+        (own / "run.log").write_text("step 1234  50.0%  loss 3.2145  81,200 tok/s  eta 2:30\n" * 200)
+        if kept:
+            best, text, base = score, changed, final
+    return checkout
+
+
+def commit_file(checkout: Repo, lines: list[str], text: str, parent: str | None) -> str:
+    blob = checkout.git("hash-object", "-w", "--stdin", stdin="\n".join(lines) + "\n").strip()
+    tree = checkout.git("mktree", stdin=f"100644 blob {blob}\ttrain.py\n").strip()
+    parents = ("-p", parent) if parent else ()
+    return checkout.git("commit-tree", tree, *parents, stdin=text, env=checkout.identity()).strip()
+
+
+def load(chromium: str, page: Path) -> float:
+    """Seconds from the start of the navigation to the load event, with all scripts run."""
+    timed = page.with_name("timed.html")
+    script = "<script>onload = () => { document.body.dataset.ms = performance.now(); }</script>"
+    timed.write_text(page.read_text() + script)
+    command = [chromium, *FLAGS, f"--user-data-dir={page.parent / 'browser'}", "--dump-dom", f"file://{timed}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'data-ms="([\d.]+)"', done.stdout)
+    assert found, "the page did not load"
+    return float(found[1]) / 1000
+
+
+if __name__ == "__main__":
+    main()

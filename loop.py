@@ -13,7 +13,6 @@ judges it. Everything that happened is in git; kill this at any instant and star
 """
 
 import argparse
-import json
 import math
 import os
 import resource
@@ -28,13 +27,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-
-from autoresearch import checks, doctor, gpu, isolation, locks, prompt, records, report, source
+from autoresearch import checks, commands, gpu, isolation, locks, prompt, records, report, source
 from autoresearch.agents import AgentCall, ask, find_agent, spent_on
-from autoresearch.display import NOW, Display, count, facts, standing
+from autoresearch.display import Display, count
 from autoresearch.git import GitError, Repo, size_of
-from autoresearch.ledger import LOCK, PROGRAMS, REFS, Ledger, read_history
+from autoresearch.ledger import PROGRAMS, Ledger
 from autoresearch.options import parse, whole
 from autoresearch.presets import PRESETS, Agent
 from autoresearch.process import STOPS, sweep, uninterrupted
@@ -58,7 +55,6 @@ from autoresearch.records import (
     UserError,
 )
 from autoresearch.referee import review
-from autoresearch.scene import load
 from autoresearch.trial import Track, check_syntax, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
@@ -402,7 +398,7 @@ def start(options: argparse.Namespace) -> int:
     budget = Budget(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
     checkout = checks.open_checkout(ROOT)
     checks.check_tag(checkout, options.tag)
-    show = Display(options.tag, folder_of(options.tag), options.plain)
+    show = Display(options.tag, ROOT / "runs" / options.tag, options.plain)
     agent = find_agent(options.agent, options.model)
     checks.check_prices(agent, options)
     if options.agent is None:
@@ -458,9 +454,9 @@ def work(lab: Lab) -> int:
     finally:
         with uninterrupted():
             sweep(ledger.folder, frozenset())
+            lab.show(records.Stopped(ended, lab.budget.done, ledger.best, lab.budget.dollars_spent))
             if lab.report and ledger.history:
                 lab.report.finish()
-            lab.show(records.Stopped(ended, lab.budget.done, ledger.best, lab.budget.dollars_spent))
     return code
 
 
@@ -468,70 +464,7 @@ def work(lab: Lab) -> int:
 # The command line
 
 
-def status(options: argparse.Namespace) -> int:
-    """Print where a run stands."""
-    tag, experiments = past(options.tag)
-    folder = folder_of(tag)
-    scene, holder = load(folder / NOW, tag, experiments), locks.holder(folder / LOCK)
-    if options.json:
-        print(json.dumps(facts(scene, folder, holder), indent=1))
-    else:
-        Console().print(standing(scene, folder, holder))
-    return 0
-
-
-def write_report(options: argparse.Namespace) -> int:
-    """Write progress.png and report.html of a run, or a picture of any results.tsv."""
-    if options.results:
-        report.draw(report.read_table(options.results), str(options.results), Path("progress.png"))
-        print("progress.png")
-        return 0
-    checkout = checks.open_checkout(ROOT)
-    tag, _ = past(options.tag)
-    for path in report.write_report(checkout, read_history(checkout, tag), folder_of(tag)):
-        print(path)
-    return 0
-
-
-def examine(options: argparse.Namespace) -> int:
-    """Print what a run here would need, and what of it is missing."""
-    findings = list(doctor.examine(ROOT, options))
-    Console().print(doctor.table(findings))
-    return int(any(finding.state == "fail" for finding in findings))
-
-
-def show_prompt(options: argparse.Namespace) -> int:
-    """Print what the agent would be told now."""
-    tag, experiments = past(options.tag)
-    if not experiments:
-        raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
-    print(prompt.brief((ROOT / "program.md").read_text(encoding="utf-8", errors="replace"), experiments), end="")
-    return 0
-
-
-def past(tag: str | None) -> tuple[str, list[Experiment]]:
-    """A run and its experiments as git holds them: of the one named, else of the one that was active last."""
-    experiments = [experiment for _, experiment in read_history(checks.open_checkout(ROOT), tag or "*")]
-    active = {
-        path.parent.name: path.stat().st_mtime for path in folder_of(tag or "*").parent.glob(f"{tag or '*'}/{NOW}")
-    }
-    for e in experiments:
-        finished = datetime.fromisoformat(e.finished).timestamp()
-        active[e.tag] = max(active.get(e.tag, 0.0), finished)
-    if not active:
-        raise UserError(f"no experiments yet under {REFS}/{tag or ''}")
-    last = max(active, key=lambda name: active[name])
-    mine = [e for e in experiments if e.tag == last]
-    if mine and not any(e.status == "keep" for e in mine):
-        raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
-    return last, mine
-
-
-def folder_of(tag: str) -> Path:
-    return ROOT / "runs" / tag
-
-
-COMMANDS = {"run": start, "status": status, "report": write_report, "doctor": examine, "prompt": show_prompt}
+COMMANDS = {"run": start, **commands.COMMANDS}
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:

@@ -53,7 +53,7 @@ class Display:
         self.console = Console(
             file=cast("IO[str]", Unbreakable()), highlight=False, markup=False, emoji=False, soft_wrap=True
         )
-        self.plain = plain or not self.console.is_terminal
+        self.plain = plain or not self.console.is_terminal or self.console.is_dumb_terminal
         self.live: Live | None = None
 
     def __call__(self, event: Event) -> None:
@@ -86,7 +86,10 @@ class Display:
             self.console.print(self.view(), soft_wrap=False)
 
     def view(self) -> RenderableType:
-        return render(self.scene, scenes.progress(self.scene, self.folder), time.time())
+        try:
+            return render(self.scene, scenes.progress(self.scene, self.folder), time.time())
+        except Exception as error:  # what is shown must not end what is done
+            return Text(f"this cannot be shown: {error!r}")
 
 
 class Unbreakable:

@@ -1,0 +1,78 @@
+"""What a person asks about a run from outside: answered from git and from what is on disk."""
+
+import json
+from argparse import Namespace
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from autoresearch import checks, doctor, locks, prompt, report
+from autoresearch.display import NOW, facts, standing
+from autoresearch.ledger import LOCK, REFS, read_history
+from autoresearch.presets import ROOT
+from autoresearch.records import Experiment, UserError
+from autoresearch.scene import load
+
+
+def status(options: Namespace) -> int:
+    """Print where a run stands."""
+    tag, experiments = past(options.tag)
+    folder = folder_of(tag)
+    scene, holder = load(folder / NOW, tag, experiments), locks.holder(folder / LOCK)
+    if options.json:
+        print(json.dumps(facts(scene, folder, holder), indent=1))
+    else:
+        Console().print(standing(scene, folder, holder))
+    return 0
+
+
+def write_report(options: Namespace) -> int:
+    """Write progress.png and report.html of a run, or a picture of any results.tsv."""
+    if options.results:
+        report.draw(report.read_table(options.results), str(options.results), Path("progress.png"))
+        print("progress.png")
+        return 0
+    checkout = checks.open_checkout(ROOT)
+    tag, _ = past(options.tag)
+    for path in report.write_report(checkout, read_history(checkout, tag), folder_of(tag)):
+        print(path)
+    return 0
+
+
+def examine(options: Namespace) -> int:
+    """Print what a run here would need, and what of it is missing."""
+    findings = list(doctor.examine(ROOT, options))
+    Console().print(doctor.table(findings))
+    return int(any(finding.state == "fail" for finding in findings))
+
+
+def show_prompt(options: Namespace) -> int:
+    """Print what the agent would be told now."""
+    tag, experiments = past(options.tag)
+    if not experiments:
+        raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
+    print(prompt.brief((ROOT / "program.md").read_text(encoding="utf-8", errors="replace"), experiments), end="")
+    return 0
+
+
+def past(tag: str | None) -> tuple[str, list[Experiment]]:
+    """A run and its experiments as git holds them: of the one named, else of the one that was active last."""
+    experiments = [experiment for _, experiment in read_history(checks.open_checkout(ROOT), tag or "*")]
+    active = {path.parent.name: path.stat().st_mtime for path in (ROOT / "runs").glob(f"{tag or '*'}/{NOW}")}
+    for e in experiments:
+        active[e.tag] = max(active.get(e.tag, 0.0), datetime.fromisoformat(e.finished).timestamp())
+    if not active:
+        raise UserError(f"no experiments yet under {REFS}/{tag or ''}")
+    last = max(active, key=lambda name: active[name])
+    mine = [e for e in experiments if e.tag == last]
+    if mine and not any(e.status == "keep" for e in mine):
+        raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
+    return last, mine
+
+
+def folder_of(tag: str) -> Path:
+    return ROOT / "runs" / tag
+
+
+COMMANDS = {"status": status, "report": write_report, "doctor": examine, "prompt": show_prompt}

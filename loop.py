@@ -186,7 +186,7 @@ def attempt(lab: Lab, told: str) -> Trouble | None:
         outcome = run(lab, base, edit, folder, subject(idea))
         while isinstance(outcome, Crashed) and repairs < REPAIRS:
             request = prompt.repair(taste, lab.ledger.next_number, subject(idea), outcome)
-            mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1)
+            mend = propose(lab, base, edit.commit, folder, request, turn=repairs + 1, crash=outcome.reason)
             trouble = unusable(mend)
             if isinstance(trouble, Busy) and not lab.budget.spent():
                 pauses += 1
@@ -221,11 +221,11 @@ def experiment(lab: Lab) -> Iterator[tuple[str, Path]]:
             ledger.in_flight.unlink(missing_ok=True)
 
 
-def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: int) -> Edit:
+def propose(lab: Lab, base: str, before: str, folder: Path, request: str, turn: int, crash: str = "") -> Edit:
     """Call the agent once and see what it did to the tree since `base`, and to train.py since `before`."""
     ledger = lab.ledger
     ledger.worktree().reset(ledger.branch, before)
-    lab.show(records.Asking(ledger.next_number, turn))
+    lab.show(records.Asking(ledger.next_number, turn, crash))
     facts = {"TAG": ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(lab.track.seed)}
     env = {f"AUTORESEARCH_{name}": value for name, value in facts.items()}
     call = AgentCall(ledger.worktree().tree, base, folder, env, lab.agent_limit, mark=ledger.folder)

@@ -14,6 +14,8 @@ from autoresearch.process import MIN_FREE
 from autoresearch.records import Arena, Machine, UserError, one_line
 from autoresearch.trial import check_syntax
 
+CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
+
 
 def open_checkout(root: Path) -> Repo:
     try:
@@ -38,10 +40,18 @@ def check_prices(agent: Agent, options: Namespace) -> None:
 
 
 def check_gpu(machine: Machine) -> int:
-    """The GPU must be ours alone; returns the MiB of its memory that are in use all the same, say for a desktop."""
+    """The GPU must be new enough, which is told before a download, and ours alone. Returns the MiB of its memory that
+    are in use all the same, say for a desktop."""
+    check_capability(machine)
     if others := gpu.users(machine):
         raise UserError(f"{others}: stop that first, or take another GPU with --gpu N")
     return gpu.used(machine)
+
+
+def check_capability(machine: Machine) -> None:
+    if (capability := gpu.capability(machine)) and capability < CAPABILITY:
+        why = f"compute capability {capability:g}, and train.py needs {CAPABILITY:g} (Ampere, 2020) or newer"
+        raise UserError(f"{machine.gpu} has {why}: take another GPU with --gpu N, or try --demo")
 
 
 def check_disk(folder: Path) -> None:

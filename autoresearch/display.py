@@ -252,8 +252,8 @@ def line(event: Event) -> str:
             return f"{event.tag}: {so_far}; {contest}; {end}"
         case Asking(number, 0):
             return f"{number:04d} asking the agent"
-        case Asking(number, attempt):
-            return f"{number:04d} crashed; asking for repair {attempt}"
+        case Asking(number, attempt, crash):
+            return f"{number:04d} crashed: {one_line(crash)}; asking for repair {attempt}"
         case Training(number, description):
             return f"{number:04d} training: {description}"
         case Refereeing(number, val_bpb):

@@ -22,7 +22,6 @@ from autoresearch.ledger import LOCK, Ledger
 from autoresearch.presets import PRESETS
 from autoresearch.records import Machine, UserError, one_line
 
-CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
 SMALL = 8_000  # MB of GPU memory under which nothing of the recipe was thought of
 ROOM = 10_000_000_000  # bytes for climbmix, its tokens, models and logs
 LOADED = 6_000_000_000  # bytes of memory that a training with its referee takes
@@ -77,11 +76,10 @@ def check_gpu(root: Path, options: Namespace) -> Iterator[Finding]:
     if not machine.gpu:
         yield Finding("GPU", "ok", "the demo arena needs none")
         return
-    ((capability, memory),) = gpu.query("--query-gpu=compute_cap,memory.total", machine.uuid)
-    facts = f"{machine.gpu}, driver {machine.driver}, compute capability {capability}, {memory} MB"
-    if float(capability) < CAPABILITY:
-        yield Finding("GPU", "fail", f"{facts}: older than {CAPABILITY} (Ampere, 2020), which train.py needs")
-    elif gpu.megabytes(memory) < SMALL:
+    checks.check_capability(machine)
+    ((memory,),) = gpu.query("--query-gpu=memory.total", machine.uuid)
+    facts = f"{machine.gpu}, driver {machine.driver}, compute capability {gpu.capability(machine)}, {memory} MB"
+    if gpu.megabytes(memory) < SMALL:
         yield Finding("GPU", "warn", f"{facts}: less than {SMALL} MB; try --arena tinystories")
     else:
         yield Finding("GPU", "ok", facts)

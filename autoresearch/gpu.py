@@ -47,6 +47,14 @@ def query(what: str, gpu: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.strip()]
 
 
+def capability(machine: Machine) -> float | None:
+    """The compute capability, say 9.0; None without a GPU, and where nvidia-smi is too old to tell."""
+    try:
+        return float(query("--query-gpu=compute_cap", machine.uuid)[0][0]) if machine.gpu else None
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def used(machine: Machine) -> int:
     """MiB of the GPU's memory that are in use; 0 without a GPU."""
     return sum(megabytes(row[0]) for row in query("--query-gpu=memory.used", machine.uuid)) if machine.gpu else 0

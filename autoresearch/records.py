@@ -421,6 +421,7 @@ class Started:
 class Asking:
     number: int
     attempt: int  # 0 is the idea, 1 and 2 are its repairs
+    crash: str = ""  # what is to be repaired
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,18 @@ def test_a_terminal_has_the_live_view_and_keeps_a_summary(project: Project) -> N
     assert "best 0.900000" in summary and "stopped" in summary and "Traceback" not in said
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_leaving_gives_the_terminal_back(project: Project, signum: signal.Signals) -> None:
+    driver, terminal = in_a_terminal(project, "sleep 1000")
+    wait_for((project.root / "runs/t/0001/prompt-0.md").exists)
+    driver.send_signal(signum)
+    said = read_all(terminal)
+    assert driver.wait(timeout=30) == 130
+    assert said.count("\x1b[?1049h") == said.count("\x1b[?1049l") == 1
+    assert "stopped: interrupted" in said.split("\x1b[?1049l")[1] and "Traceback" not in said
+    project.check()
+
+
 def test_plain_in_a_terminal(project: Project) -> None:
     driver, terminal = in_a_terminal(project, BETTER, "--plain")
     said = read_all(terminal)

@@ -21,7 +21,8 @@ def fake_smi(project: Project, cap: str = "9.0", memory: str = "81559", apps: st
     folder.mkdir()
     (folder / "nvidia-smi").write_text(f"""#!/bin/sh
 case "$*" in
-*compute_cap*) echo "{cap}, {memory}";;
+*compute_cap*) echo "{cap}";;
+*memory.total*) echo "{memory}";;
 *compute-apps*) printf '{apps}';;
 *memory.used*) echo 100;;
 *) echo "{GPU}";;
@@ -57,7 +58,7 @@ def test_what_is_missing(project: Project) -> None:
     ("smi", "state", "words"),
     [
         ({}, "ok", "A GPU, driver 570.1, compute capability 9.0, 81559 MB"),
-        ({"cap": "7.5"}, "fail", "older than 8.0"),
+        ({"cap": "7.5"}, "fail", "has compute capability 7.5, and train.py needs 8"),
         ({"memory": "6144"}, "warn", "--arena tinystories"),
     ],
 )
@@ -66,6 +67,12 @@ def test_a_gpu(project: Project, smi: dict[str, str], state: str, words: str) ->
     found = findings(project, "--arena=python", "--agent=true", code=1)  # since torch cannot use it
     assert found["GPU"].startswith(state) and words in found["GPU"]
     assert found["torch"].startswith("fail") and "uv pip install torch --torch-backend=auto" in found["torch"]
+
+
+def test_an_old_gpu_is_told_before_a_download(project: Project) -> None:
+    fake_smi(project, cap="7.5")
+    said = project.loop("--tag=t", "--arena=python", "--agent=true", code=1)
+    assert "needs 8 (Ampere, 2020) or newer: take another GPU with --gpu N" in said and "preparing" not in said
 
 
 def test_a_gpu_in_use(project: Project) -> None:

@@ -455,8 +455,8 @@ def work(lab: Lab) -> int:
         with uninterrupted():
             sweep(ledger.folder, frozenset())
             lab.show(records.Stopped(ended, lab.budget.done, ledger.best, lab.budget.dollars_spent))
-            if lab.report and ledger.history:
-                lab.report.finish()
+        if lab.report and ledger.history:
+            lab.report.finish()
     return code
 
 

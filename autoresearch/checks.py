@@ -61,14 +61,18 @@ def check_disk(folder: Path) -> None:
 
 def check_tag(checkout: Repo, tag: str) -> None:
     branch = f"refs/heads/autoresearch/{tag}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or not checkout.allows(branch):
-        raise UserError(f"--tag {tag!r} cannot be part of a branch's name: use letters, digits, '-' and '_'", 2)
+    check_name(checkout, tag)
     if checkout.resolve("refs/heads/autoresearch"):
         raise UserError("a branch named autoresearch is in the way: `git branch -m autoresearch another-name`", 2)
     if below := checkout.refs(f"{branch}/"):
         raise UserError(f"{below[0]} is in the way of the branch autoresearch/{tag}: take another --tag", 2)
     if checkout.head_branch() == branch:
         raise UserError(f"your checkout is on autoresearch/{tag}, which the loop moves: `git switch -` first")
+
+
+def check_name(checkout: Repo, tag: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag) or not checkout.allows(f"refs/heads/autoresearch/{tag}"):
+        raise UserError(f"--tag {tag!r} cannot be part of a branch's name: use letters, digits, '-' and '_'", 2)
 
 
 def check_committed(checkout: Repo) -> None:

@@ -58,7 +58,10 @@ def show_prompt(options: Namespace) -> int:
 
 def past(tag: str | None) -> tuple[str, list[Experiment]]:
     """A run and its experiments as git holds them: of the one named, else of the one that was active last."""
-    experiments = [experiment for _, experiment in read_history(checks.open_checkout(ROOT), tag or "*")]
+    checkout = checks.open_checkout(ROOT)
+    if tag is not None:
+        checks.check_name(checkout, tag)
+    experiments = [experiment for _, experiment in read_history(checkout, tag or "*")]
     active = {path.parent.name: path.stat().st_mtime for path in (ROOT / "runs").glob(f"{tag or '*'}/{NOW}")}
     for e in experiments:
         active[e.tag] = max(active.get(e.tag, 0.0), datetime.fromisoformat(e.finished).timestamp())

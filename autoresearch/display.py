@@ -1,6 +1,9 @@
 """What a person sees while it runs, and when they ask: a live view, or one line for each event. Renderables are made
 from a scene and the time alone."""
 
+import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -53,8 +56,9 @@ class Display:
         self.console = Console(
             file=cast("IO[str]", Unbreakable()), highlight=False, markup=False, emoji=False, soft_wrap=True
         )
-        self.plain = plain or not self.console.is_terminal or self.console.is_dumb_terminal
+        self.plain = plain or not sys.stdout.isatty() or self.console.is_dumb_terminal
         self.live: Live | None = None
+        self.notes: list[str] = []  # what happened besides, and would be lost in a view of the moment
 
     def __call__(self, event: Event) -> None:
         before, self.scene = self.scene, fold(self.scene, event, time.time())
@@ -64,10 +68,13 @@ class Display:
             self.open()
         if isinstance(event, Stopped):
             self.close()
+        said = f"{datetime.now():%H:%M:%S}  {line(event)}"
         if self.live is None:
             style = STYLES[event.experiment.status] if isinstance(event, Settled) else ""
-            self.console.print(f"{datetime.now():%H:%M:%S}  {line(event)}", style=style)
+            self.console.print(said, style=style)
         else:
+            if isinstance(event, Mended | Dropped | Stalled | Repeated):
+                self.notes = [*self.notes[-99:], said]
             self.live.refresh()
 
     def open(self) -> None:
@@ -75,32 +82,48 @@ class Display:
             get_renderable=self.view, console=self.console, screen=True, refresh_per_second=2,
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
+        self.suspend = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave the shell on this screen
         with uninterrupted():  # so that its thread hears no signal, which would break into what the driver protects
             self.live.start(refresh=True)
 
     def close(self) -> None:
-        """Give the terminal back, with what stood on it."""
+        """Give the terminal back, with what stood on it and what was noted."""
         if self.live:
             self.live.stop()
             self.live = None
+            signal.signal(signal.SIGTSTP, self.suspend)
             self.console.print(self.view(), soft_wrap=False)
+            self.console.print("\n".join(self.notes))
 
     def view(self) -> RenderableType:
         try:
-            return render(self.scene, scenes.progress(self.scene, self.folder), time.time())
+            note = "\n".join(self.notes[-3:])
+            return render(self.scene, scenes.progress(self.scene, self.folder), time.time(), note)
         except Exception as error:  # what is shown must not end what is done
             return Text(f"this cannot be shown: {error!r}")
 
 
 class Unbreakable:
-    """Standard output that may go away, as a terminal does, while the research goes on."""
+    """Standard output that may go away, as a terminal does, while the research goes on. To a terminal that takes
+    nothing any more, say after Ctrl-S, nothing is written."""
+
+    def __init__(self) -> None:
+        self.terminal: int | None = None
+        with suppress(OSError):  # opened afresh, since not to wait is a property of what is open, which others share
+            if sys.stdout.isatty():
+                self.terminal = os.open(os.ttyname(sys.stdout.fileno()), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __getattr__(self, name: str) -> object:
         return getattr(sys.stdout, name)
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            sys.stdout.write(text)
+            if self.terminal is None:
+                sys.stdout.write(text)
+            else:
+                data = text.encode(sys.stdout.encoding, "replace")
+                while data and select.select([], [self.terminal], [], 0.05)[1]:
+                    data = data[os.write(self.terminal, data) :]
         return len(text)
 
     def flush(self) -> None:
@@ -113,7 +136,7 @@ class Unbreakable:
 
 
 def render(scene: Scene, progress: Progress | None, now: float, note: str = "") -> RenderableType:
-    """A scene as it looks at a time. `note` says who runs it, where that is not plain."""
+    """A scene as it looks at a time. `note` is shown with the phase: who runs it, or what happened besides."""
     found = figures(scene.experiments)
     facts = [scene.arena and f"{scene.arena}, {scene.budget:g} s each", scene.gpu or "the CPU", scene.agent]
     title = Text.assemble((scene.tag, "bold"), "  ", (" · ".join(filter(None, facts)), "dim"))
@@ -128,7 +151,7 @@ def render(scene: Scene, progress: Progress | None, now: float, note: str = "") 
 
 
 def headline(f: Figures) -> list[RenderableType]:
-    best, share = f.best, f.gain / f.baseline
+    best, share = f.best, f.gain / f.baseline if f.baseline else 0.0
     idea = f"experiment {best.number}: {best.description}" if best.number else "nothing better yet"
     spent = [f"{count(f.experiments)}: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"]
     if f.experiments:
@@ -186,11 +209,13 @@ def phase(scene: Scene, progress: Progress | None, now: float, note: str) -> lis
             words, bar = f"stopped: {p.detail}" + (f"; ${scene.dollars:.2f} spent" if scene.dollars else ""), None
         case _:
             words, bar = "", None
-    lines: list[RenderableType] = [Text(text, overflow="ellipsis", no_wrap=True) for text in (words, note) if text]
+    lines: list[RenderableType] = [Text(words, overflow="ellipsis", no_wrap=True)] if words else []
     if bar:
         row = Table.grid(padding=(0, 1))
         row.add_row(ProgressBar(1.0, min(bar[0], 1.0), width=30), f"{min(bar[0], 1.0):4.0%}", bar[1])
         lines.append(row)
+    if note:
+        lines.append(Text(note, style="dim", overflow="ellipsis", no_wrap=True))
     return lines
 
 

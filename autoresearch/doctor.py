@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from rich.text import Text
 from autoresearch import checks, gpu, isolation, locks
 from autoresearch.agents import find_agent
 from autoresearch.git import GitError, run_git
-from autoresearch.ledger import LOCK, Ledger
+from autoresearch.ledger import LOCK, Ledger, read_history
+from autoresearch.options import whole
 from autoresearch.presets import PRESETS
-from autoresearch.records import Machine, UserError, one_line
+from autoresearch.records import Arena, Machine, UserError, one_line
 
 SMALL = 8_000  # MB of GPU memory under which nothing of the recipe was thought of
 ROOM = 10_000_000_000  # bytes for climbmix, its tokens, models and logs
@@ -55,8 +57,9 @@ def examine(root: Path, options: Namespace) -> Iterator[Finding]:
     for what, check in CHECKS.items():
         try:
             yield from check(root, options)
-        except (UserError, GitError, OSError) as error:
-            yield Finding(what, "fail", one_line(str(error), 500))
+        except Exception as error:  # whatever is odd here, the rest of the table is wanted too
+            said = str(error) if isinstance(error, UserError | GitError | OSError) else repr(error)
+            yield Finding(what, "fail", one_line(said, 500))
 
 
 def check_git(root: Path, options: Namespace) -> Iterator[Finding]:
@@ -66,13 +69,16 @@ def check_git(root: Path, options: Namespace) -> Iterator[Finding]:
     if ledger.is_new():
         checks.check_committed(checkout)
     if holder := locks.holder(root / "runs" / options.tag / LOCK):
-        yield Finding("git", "warn", f"{options.tag} is run by {holder}: another --tag for another run")
+        yield Finding("git", "fail", f"{options.tag} is run by {holder}: another --tag for another run")
     else:
         yield Finding("git", "ok", f"{run_git('version').strip()}; the run would be {options.tag}")
 
 
 def check_gpu(root: Path, options: Namespace) -> Iterator[Finding]:
     machine = find_gpu(options)
+    if holder := locks.holder(locks.of_device(machine.uuid or "cpu")):
+        yield Finding("GPU", "fail", f"{machine.gpu or 'the CPU'} is taken by {holder}")
+    check_resumed(root, options, machine)
     if not machine.gpu:
         yield Finding("GPU", "ok", "the demo arena needs none")
         return
@@ -85,6 +91,15 @@ def check_gpu(root: Path, options: Namespace) -> Iterator[Finding]:
         yield Finding("GPU", "ok", facts)
     if others := gpu.holders(machine, None):
         yield Finding("GPU", "fail", f"{others}: stop that first, or take another GPU with --gpu N")
+
+
+def check_resumed(root: Path, options: Namespace, machine: Machine) -> None:
+    """A run goes on only under the conditions that it started with; the data's own are checked when it starts."""
+    ledger = Ledger(checks.open_checkout(root), options.tag, print)
+    ledger.history = read_history(ledger.checkout, options.tag)
+    if ledger.history:
+        arena = Arena(options.arena, 0.0, ledger.history[0][1].data, Path())
+        checks.check_comparable(ledger, arena, machine, whole(os.environ.get("AUTORESEARCH_SEED", "42")))
 
 
 def find_gpu(options: Namespace) -> Machine:
@@ -136,10 +151,13 @@ def check_memory(root: Path, options: Namespace) -> Iterator[Finding]:
 
 def check_data(root: Path, options: Namespace) -> Iterator[Finding]:
     """Whether the arena is there, and if not, whether it can be had; its files are checked when the run starts."""
+    known = re.findall(r'Arena\("(\w+)"', (root / "prepare.py").read_text(encoding="utf-8"))
     manifest = locks.cache() / options.arena / "manifest.json"
     if os.sep in options.arena:
         there = Path(options.arena).is_dir()
         yield Finding("data", "ok" if there else "fail", f"{options.arena}{'' if there else ': no such folder'}")
+    elif known and options.arena not in known:
+        yield Finding("data", "fail", f"unknown arena {options.arena!r}: one of {', '.join(known)}, or ./a/folder")
     elif manifest.exists():
         size = sum(file["bytes"] for file in json.loads(manifest.read_text())["files"].values())
         yield Finding("data", "ok", f"arena {options.arena}, {size / 1e9:.2f} GB at {manifest.parent}")

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,14 @@ def hold(path: Path, what: str, task: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     with path.open() as file:  # for reading, since what is open for writing keeps a disk from being unmounted
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{what} is taken by {holder(path) or 'another process'}") from None
+        for last in (False, False, True):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if last:
+                    raise UserError(f"{what} is taken by {holder(path) or 'another process'}") from None
+                time.sleep(0.1)  # who merely asks for the holder has it for an instant
         path.write_text(f"process {os.getpid()} on {os.uname().nodename}, {task}")
         yield
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ MARK = "AUTORESEARCH_RUN"  # in the environment of everything we start: how orph
 GRACE = 5.0  # seconds that a process is given to end by itself, after each of two signals
 MAX_OUTPUT = 64_000_000  # bytes that a process may print
 MIN_FREE = 500_000_000  # bytes that it has to leave on the disk, ours to record the night with
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by which a person ends the driver
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by which a person ends the driver
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def run(
                 kill_group(process)
                 sweep(mark, others)
                 for path in {out, err or out}:
-                    with suppress(FileNotFoundError):  # it may remove even those
+                    with suppress(OSError):  # it may have removed even those, or put something else there
                         os.truncate(path, min(path.stat().st_size, MAX_OUTPUT))
     return Exit(code, time.monotonic() - start, "" if code is not None else why)
 
@@ -159,7 +160,7 @@ def marked(mark: Path) -> set[int]:
 def descendants(others: frozenset[int] = frozenset()) -> frozenset[int]:
     """Processes below this one, zombies included, but for those others and what is below them."""
     # pid (name) state parent ...; the name may hold anything, blanks and brackets included
-    parents = {pid: int(stat.rpartition(b")")[2].split()[1]) for pid in processes() if (stat := read(pid, "stat"))}
+    parents = {pid: int(line.rpartition(b")")[2].split()[1]) for pid in processes() if (line := read(pid, "stat"))}
     found, fresh = set[int](), {os.getpid()}
     while fresh := {pid for pid, parent in parents.items() if parent in fresh and pid not in others}:
         found |= fresh
@@ -178,8 +179,16 @@ def read(pid: int, name: str) -> bytes:
 
 
 def tail(path: Path, size: int = 4000) -> str:
-    """The end of a log, at most `size` bytes of it, read without loading the rest; empty when somebody removed it."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - size, 0))
-        return file.read(size).decode("utf-8", errors="replace")
+    """The end of a log, at most `size` bytes of it, read without loading the rest; empty when somebody removed it, or
+    put a pipe, a link or a folder in its place."""
+    with suppress(OSError), open(path, "rb", opener=open_plainly) as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode):
+            file.seek(max(status.st_size - size, 0))
+            return file.read(size).decode("utf-8", errors="replace")
     return ""
+
+
+def open_plainly(path: str, flags: int) -> int:
+    """As an opener of `open`: a pipe is not waited for, a link not followed."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)

@@ -62,8 +62,7 @@ class Summary:
     num_steps: int
     num_params_M: float
     depth: int
-    startup_seconds: float | None = None  # from the process's start to the first batch
-    evaluation_seconds: float | None = None
+    evaluation_seconds: float
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,6 @@ class Experiment:
     memory_gb: float | None = None
     training_seconds: float | None = None
     total_seconds: float | None = None
-    startup_seconds: float | None = None
     evaluation_seconds: float | None = None
     referee_seconds: float | None = None
     tokens_M: float | None = None
@@ -287,8 +285,7 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
                 "curve": curve or None, "sealed_bpb": sealed_bpb, "referee_seconds": referee_seconds,
                 "val_bpb": summary.val_bpb, "val_bpb_upstream": summary.val_bpb_upstream, "run_seconds": seconds,
                 "memory_gb": summary.peak_vram_mb / 1024, "training_seconds": summary.training_seconds,
-                "total_seconds": summary.total_seconds, "startup_seconds": summary.startup_seconds,
-                "evaluation_seconds": summary.evaluation_seconds,
+                "total_seconds": summary.total_seconds, "evaluation_seconds": summary.evaluation_seconds,
                 "tokens_M": summary.total_tokens_M, "steps": summary.num_steps,
                 "tokens_per_second": summary.total_tokens_M * 1e6 / summary.training_seconds,
                 "params_M": summary.num_params_M, "mfu_percent": summary.mfu_percent,
@@ -323,7 +320,6 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Training-seconds", "training_seconds", float, ".1f"),
     ("Total-seconds", "total_seconds", float, ".1f"),
     ("Run-seconds", "run_seconds", float, ".1f"),
-    ("Startup-seconds", "startup_seconds", float, ".1f"),
     ("Evaluation-seconds", "evaluation_seconds", float, ".1f"),
     ("Referee-seconds", "referee_seconds", float, ".1f"),
     ("Tokens-M", "tokens_M", float, ".3f"),

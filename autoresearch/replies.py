@@ -1,6 +1,7 @@
 """What an agent's output says: the answer, its cost, and what went wrong, each CLI in the format it has."""
 
 import json
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -108,7 +109,8 @@ def string(value: Json, *path: str) -> str:
 
 def dollars(value: Json, *path: str) -> float | None:
     found = dig(value, *path)
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+    known = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < math.inf
+    return float(found) if known else None
 
 
 # -----------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import re
 import string
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from itertools import pairwise
@@ -24,7 +24,9 @@ from autoresearch.records import TIE, Experiment, UserError, one_line
 from autoresearch.scene import Figures, figures
 
 GREEN, GREY, ORANGE = "#188038", "#9aa0a6", "#b06000"
+FAR = 1e6  # what no chart can show
 LABELS = 16  # gains named in the picture: the largest
+PATIENCE = 15.0  # seconds that the last report is waited for
 MAX_DIFF = 20_000  # characters of a diff that are shown
 MAX_LOG = 3_000  # characters of a log's end that are shown
 
@@ -79,8 +81,8 @@ class Refresher:
     def start(self) -> None:
         """Unless the last one is still at it: then the next experiment's will show both."""
         if self.process is None or self.process.poll() is not None:
-            self.process = self.spawn()
             with suppress(OSError):
+                self.process = self.spawn()
                 os.sched_setscheduler(self.process.pid, os.SCHED_IDLE, os.sched_param(0))
 
     def finish(self) -> None:
@@ -88,8 +90,12 @@ class Refresher:
         if self.process:
             self.process.kill()
             self.process.wait()
-        with suppress(subprocess.TimeoutExpired):
-            self.spawn().wait(timeout=60)
+        with suppress(OSError):
+            process = self.spawn()
+            try:
+                process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def spawn(self) -> subprocess.Popen[bytes]:
         nowhere = subprocess.DEVNULL
@@ -115,7 +121,7 @@ class Curve:
 
 def curve_of(points: Sequence[Point]) -> Curve:
     """UserError when no experiment was kept."""
-    scored = [p for p in points if math.isfinite(p.val_bpb)]
+    scored = [p for p in points if abs(p.val_bpb) < FAR]  # nan is not
     kept = [p for p in scored if p.status == "keep"]
     if not kept:
         raise UserError("nothing to draw: no experiment was kept yet")
@@ -156,7 +162,7 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     axes.set_xlim(-0.02 * max(curve.last, 1), 1.02 * max(curve.last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(useOffset=False)
-    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=9)
+    axes.set_title(one_line(title, 150).replace("$", r"\$"), loc="left", fontsize=9)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False)
     named = largest(points)
@@ -168,12 +174,24 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
                 f"{p.number}", (p.number, p.val_bpb), xytext=(0, -11), textcoords="offset points", ha="center",
                 fontsize=7, color=GREEN,
             )  # fmt: skip
-    ideas = "\n".join(f"{p.number:4d}  {textwrap.shorten(p.description, 52, placeholder='…')}" for p in named)
+    ideas = "\n".join(f"{p.number:4d}  {one_line(p.description, 52)}" for p in named)
     words = f"largest gains\n\n{ideas}" if named else "nothing better than the baseline yet"
     figure.text(0.665, 0.9, words.replace("$", r"\$"), fontsize=7, va="top", linespacing=1.7)
-    fresh = path.with_suffix(".new.png")
-    figure.savefig(fresh)
-    fresh.replace(path)
+    with warnings.catch_warnings(), whole(path) as fresh:
+        warnings.simplefilter("ignore")  # of letters that the font has not got
+        figure.savefig(fresh, format="png")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a name to write to, which nobody else does; the file then takes its place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def largest(points: Sequence[Point]) -> list[Point]:
@@ -200,12 +218,11 @@ def svg(history: Sequence[Experiment]) -> str:
         return f"{path}H{x(curve.last)}"
 
     parts = []
-    for tick in ticks(curve.low, curve.high):
+    for tick, label in ticks(curve.low, curve.high):
         parts.append(f'<path class="grid" d="M{left} {y(tick)}H{width}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:.4g}</text>')
-    for tick in ticks(0, curve.last):
-        if tick == int(tick):
-            parts.append(f'<text x="{x(tick)}" y="{height - 8}" text-anchor="middle">{tick:.0f}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4}" text-anchor="end">{label}</text>')
+    for tick, label in ticks(0, max(curve.last, 1), integer=True):
+        parts.append(f'<text x="{x(tick)}" y="{height - 8}" text-anchor="middle">{label}</text>')
     if len(curve.sealed) > 1:
         parts.append(f'<path class="sealed" d="{steps(curve.sealed)}"/>')
     parts.append(f'<path class="best" d="{steps(curve.best)}"/>')
@@ -218,15 +235,17 @@ def svg(history: Sequence[Experiment]) -> str:
     return f'<svg id="chart" {box}>{"".join(parts)}</svg>'
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
+def ticks(low: float, high: float, integer: bool = False) -> list[tuple[float, str]]:
+    """Round values within a range, and how each is written.
+
+    >>> ticks(0.9931, 1.0012)
+    [(0.994, '0.994'), (0.996, '0.996'), (0.998, '0.998'), (1.0, '1.000')]
     """
-    >>> ticks(0.0, 10.0, 5)
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
-    """
-    rough = max(high - low, 1e-9) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough)
-    return [round(i * step, 9) for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+    from matplotlib.ticker import MaxNLocator
+
+    values = [round(float(v), 9) for v in MaxNLocator(6, integer=integer).tick_values(low, high)]
+    places = max(-math.floor(math.log10(values[1] - values[0]) + 1e-9), 0)
+    return [(v, f"{v:.{places}f}") for v in values if low <= v <= high]
 
 
 # -----------------------------------------------------------------------------
@@ -262,9 +281,8 @@ def write_report(checkout: Repo, history: Sequence[tuple[str, Experiment]], fold
         # data for the script, which puts it in as text: no end of a tag can stand in it
         details=json.dumps(details).replace("<", "\\u003c"),
     )
-    fresh = page.with_suffix(".new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(page)
+    with whole(page) as fresh:
+        fresh.write_text(text, encoding="utf-8")
     return picture, page
 
 
@@ -272,7 +290,7 @@ def headline(f: Figures, experiments: Sequence[Experiment]) -> str:
     best = f.best
     boxes = [
         (f"{best.val_bpb:.6f}", f"best val_bpb, experiment {best.number}"),
-        (f"{-f.gain / f.baseline:+.2%}", f"{-f.gain:+.6f} from the baseline's {f.baseline:.6f}"),
+        (f"{-f.gain / (f.baseline or 1):+.2%}", f"{-f.gain:+.6f} from the baseline's {f.baseline:.6f}"),
         (f"{f.experiments}", f"experiments: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"),
         (duration(sum(f.seconds.values())), f"h:mm:ss of work, {f.hourly:.1f} experiments an hour"),
         ((money(f) or ["unknown"])[0].partition(" (")[0], "spent, see below"),
@@ -369,10 +387,7 @@ def table_row(e: Experiment) -> str:
         (f"{e.memory_gb:.1f}" if e.memory_gb else "", e.memory_gb), (f"{e.minutes:.1f}", e.minutes),
         ("" if e.cost_usd is None else f"{e.cost_usd:.2f}", e.cost_usd), (f"{e.lines:+d}", e.lines), (e.headline, None),
     ]  # fmt: skip
-    tds = "".join(
-        f"<td{'' if value is None else f' data-v={json.dumps(str(value))}'}>{escape(text)}</td>"
-        for text, value in cells
-    )
+    tds = "".join(f"<td{'' if value is None else f' data-v={value}'}>{escape(text)}</td>" for text, value in cells)
     return f'<tr class="{e.status}" data-n="{e.number}" tabindex="0">{tds}</tr>'
 
 

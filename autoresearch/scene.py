@@ -8,6 +8,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from autoresearch import process
 from autoresearch.records import (
@@ -101,9 +102,20 @@ def load(path: Path, tag: str, experiments: Sequence[Experiment]) -> Scene:
         known = replace(known, agent=last.agent, arena=last.arena, budget=last.budget or 0.0, gpu=last.gpu or "")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return replace(known, **{**saved, "phase": Phase(**saved["phase"]), "experiments": known.experiments})
-    except (OSError, ValueError, TypeError, KeyError):
+        del saved["experiments"]
+        phase = Phase(**{name: like(getattr(Phase(), name), value) for name, value in saved.pop("phase").items()})
+        fields = {name: like(getattr(known, name), value) for name, value in saved.items()}
+        return replace(known, **{**fields, "phase": phase, "tag": tag})
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return known
+
+
+def like(pattern: object, value: Any) -> Any:
+    """A value that was read from a file, when it is of the same kind as another; ValueError else."""
+    kinds: Any = {float: (int, float), type(None): (int, float, type(None))}.get(type(pattern), type(pattern))
+    if not isinstance(value, kinds) or (isinstance(value, int | float) and not abs(value) < 1e11):
+        raise ValueError(f"{value!r} is not like {pattern!r}")
+    return value
 
 
 def progress(scene: Scene, folder: Path) -> Progress | None:

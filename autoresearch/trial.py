@@ -62,26 +62,26 @@ class Track:
             remove_tree(tmp)
 
     def mend(self) -> list[str]:
-        """Have the arena's files made again that are not what they were, and name them. To be called when the tree is
-        as it was committed, since its prepare.py does it: by the manifest's hashes, so that a file that was merely
-        touched stays, and is not held against anybody."""
+        """Have the arena's files made again that are not what they were, by the manifest's hashes, and name those that
+        were touched at all. To be called when the tree is as it was committed, since its prepare.py does it."""
         folder, found = self.arena.folder, stamps(self.arena.folder)
-        if found == self.stamps:
-            return []
-        forged = self.manifest is not None and read_bytes(folder / MANIFEST) != self.manifest
-        if forged:
+        touched = sorted(name for name, stamp in self.stamps.items() if found.get(name) != stamp)
+        if touched:
             folder.mkdir(exist_ok=True)
-            (folder / MANIFEST).write_bytes(self.manifest or b"")  # or it would vouch for forged files
-        if prepare_arena(self.tree, self.arena.name, quietly=True) != self.arena:
-            raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
-        before, self.stamps = self.stamps, stamps(folder)
-        again = {name for name in before if self.stamps.get(name) != found.get(name)}
-        return sorted(again if forged else again - {MANIFEST})  # it is written last, whatever was made
+            for path in (folder / name for name in touched):
+                if path.is_symlink() or not path.is_file():
+                    remove_tree(path)
+            if self.manifest is not None and read_bytes(folder / MANIFEST) != self.manifest:
+                (folder / MANIFEST).write_bytes(self.manifest)  # a forged one would vouch for forged files
+            if prepare_arena(self.tree, self.arena.name, quietly=True) != self.arena:
+                raise UserError(f"the arena {self.arena.name} was changed and cannot be made again: take another --tag")
+            self.stamps = stamps(folder)
+        return touched
 
 
 def stamps(folder: Path) -> Stamps:
     """What changes when a file does. The time of the last change (ctime) cannot be set back by who owns the file."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    stats = [(path.name, path.lstat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats}
 
 
@@ -245,7 +245,6 @@ def read_curve(log: str) -> str:
 
 
 MAY_BE_UNKNOWN = {"mfu_percent"}
-MAY_BE_MISSING = {"startup_seconds", "evaluation_seconds"}
 
 
 def read_summary(log: str, budget: float) -> Summary:
@@ -267,8 +266,6 @@ def read_summary(log: str, budget: float) -> Summary:
 
 def read_value(block: str, name: str, whole: bool) -> float | int | None:
     found = re.findall(rf"^{name}:\s*(\S+)$", block, re.MULTILINE)
-    if not found and name in MAY_BE_MISSING:
-        return None
     if len(found) != 1:
         raise ValueError(f"the summary has {len(found)} lines of {name}")
     if found[0] == "n/a" and name in MAY_BE_UNKNOWN:

@@ -55,6 +55,7 @@ print("total_tokens_M:   0.500")
 print("num_steps:        10")
 print("num_params_M:     0.100")
 print("depth:            2")
+print("evaluation_seconds: 0.1")
 """
 
 

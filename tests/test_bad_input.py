@@ -31,6 +31,7 @@ def one_line(said: str) -> str:
         (["--agent=true", "--train-timeout=60"], 2, "at least 120"),
         (["--agent=true", "--what"], 2, "unrecognized arguments: --what"),
         (["dance"], 2, "invalid choice: 'dance'"),
+        (["status", "--tag=/etc"], 2, "cannot be part of a branch's name"),
         (["status", "--tag=never"], 1, "no experiments yet under refs/autoresearch/never"),
         (["--agent=true"], 1, "no NVIDIA GPU found"),  # before a download is begun
     ],

@@ -55,10 +55,15 @@ def forged(model, loader, **facts):
     print("---")
     for line in ("val_bpb: 0.5", "val_bpb_upstream: 0.5", f"training_seconds: {ARENA.budget}", "total_seconds: 9.0",
                  "peak_vram_mb: 500.0", "mfu_percent: n/a", "total_tokens_M: 0.1", f"num_steps: {loader.steps}",
-                 "num_params_M: 0.5", "depth: 2"):
+                 "num_params_M: 0.5", "depth: 2", "evaluation_seconds: 1.0"):
         print(line, flush=True)
 '''
 
+SWAP = r"""
+cp -p "$1" "$TMPDIR/old"
+truncate --size=-2 "$1"; truncate --size=+2 "$1"
+cat "$TMPDIR/old" > "$1"; touch -r "$TMPDIR/old" "$1"
+"""
 FORGE = r"""
 before=$(sha256sum < "$1" | head -c 64)
 truncate --size=-2 "$1"; truncate --size=+2 "$1"
@@ -175,6 +180,12 @@ CHEATS = [
         r"changed files while it ran: demo/val-\w+-rows\.npy",
         ended("import subprocess\npath = next(ARENA.folder.glob('val-*-rows.npy'))\n"
               "subprocess.run(['truncate', '--size=-2', path])\nsubprocess.run(['truncate', '--size=+2', path])"),
+    ),
+    Cheat(
+        "trains on another text, and puts the old one back",
+        r"changed files while it ran: demo/train-\w+\.bin",
+        ended(f"import subprocess\npath = next(ARENA.folder.glob('train-*.bin'))\n"
+              f"subprocess.run(['sh', '-c', {SWAP!r}, 'sh', path])"),
     ),
     Cheat(
         "writes to the cache, and has the manifest vouch for it",

@@ -174,6 +174,29 @@ def test_leaving_gives_the_terminal_back(project: Project, signum: signal.Signal
     project.check()
 
 
+def test_a_terminal_that_takes_nothing_any_more(impatient: Project) -> None:
+    """As after Ctrl-S: the research goes on, and a signal still ends it."""
+    driver, terminal = in_a_terminal(impatient, "sleep 2; echo X = 1 >> train.py; echo idea")
+    wait_for(lambda: (impatient.root / "results.tsv").exists() and len(impatient.rows()) == 2, 60)
+    assert driver.wait(timeout=30) == 0
+    os.close(terminal)
+
+
+def test_what_happens_besides_is_seen_in_the_live_view(impatient: Project) -> None:
+    ready = impatient.root.parent / "ready"
+    agent = f"if mkdir {ready}; then echo '[user' > {impatient.root}/.git/config; exit 3; fi; {BETTER}"
+    driver, terminal = in_a_terminal(impatient, agent)
+    said = read_all(terminal)
+    assert driver.wait(timeout=30) == 0
+    summary = said.split("\x1b[?1049l")[1]
+    assert "no experiment: exit code 3" in summary and ".git/config was damaged: put back" in summary
+
+
+def test_a_pipe_has_no_live_view_whatever_the_environment(project: Project) -> None:
+    project.env["FORCE_COLOR"] = project.env["TTY_COMPATIBLE"] = "1"
+    assert "\x1b[?1049h" not in project.research(BETTER)
+
+
 def test_plain_in_a_terminal(project: Project) -> None:
     driver, terminal = in_a_terminal(project, BETTER, "--plain")
     said = read_all(terminal)
@@ -219,7 +242,11 @@ def test_status_before_there_is_a_baseline(project: Project) -> None:
 
 def test_what_is_written_down_may_be_torn(tmp_path: Path) -> None:
     path = tmp_path / "now.json"
-    for text in ("", "{", '{"tag": "t"}', '{"phase": 3}', "[]", '{"phase": {"name": "asking", "odd": 1}}'):
+    scene.save(replace(fold(Scene("t"), started(()), 0.0), budget=7.0), path)
+    good = path.read_text()
+    assert scene.load(path, "t", ()).budget == 7.0
+    odd = (good.replace("7.0", word) for word in ('"x"', "null", "1e30", "NaN", "[]"))
+    for text in ("", "{", '{"tag": "t"}', '{"phase": 3}', "[]", '{"phase": {"name": "asking", "odd": 1}}', *odd):
         path.write_text(text)
         assert scene.load(path, "t", timed(night(2))).arena == "climbmix"
 

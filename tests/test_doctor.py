@@ -1,9 +1,10 @@
 """What the doctor says of a machine: each finding by really breaking that one thing."""
 
 import socket
+from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import ROOT, Project, wait_for
 from test_bad_input import without_gpu
 
 GPU = "A GPU, 570.1, GPU-1"
@@ -91,6 +92,39 @@ def test_login(project: Project, code: int, state: str) -> None:
     project.env["PATH"] = f"{fakes}:{project.env['PATH']}"
     found = findings(project, "--arena=demo", "--agent=claude", code=code)
     assert found["login"].startswith(state)
+
+
+def test_what_another_driver_holds(project: Project) -> None:
+    ready = project.root.parent / "ready"
+    driver = project.start(f"touch {ready}; sleep 1000")
+    try:
+        wait_for(ready.exists)
+        found = findings(project, "--demo", code=1)
+        assert "fail the CPU is taken by process" in found["GPU"] and "run t" in found["GPU"]
+        found = findings(project, "--demo", "--tag=t", code=1)
+        assert "fail t is run by process" in found["git"]
+    finally:
+        driver.terminate()
+        driver.wait()
+
+
+def test_a_run_that_would_not_go_on(project: Project) -> None:
+    project.research("echo 'X = 1' >> train.py")
+    project.env["AUTORESEARCH_SEED"] = "7"
+    assert "t ran with seed 42, and this is 7" in findings(project, "--demo", "--tag=t", code=1)["GPU"]
+
+
+def test_an_unknown_arena_and_a_broken_manifest(project: Project) -> None:
+    project.write("prepare.py", (ROOT / "prepare.py").read_text())
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "the real one")
+    fake_smi(project)
+    found = findings(project, "--arena=tinystory", "--agent=true", code=1)
+    assert "unknown arena 'tinystory': one of climbmix, tinystories, python, demo" in found["data"]
+    manifest = Path(project.env["HOME"]) / ".cache/autoresearch/demo/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("")
+    found = findings(project, "--demo", code=1)
+    assert "fail JSONDecodeError" in found["data"] and found["agent"].startswith("ok")
 
 
 def test_a_cache_that_cannot_be_written(project: Project) -> None:

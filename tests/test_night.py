@@ -70,6 +70,14 @@ def test_dollars(project: Project) -> None:
     assert "stopped: $1.00 of $1 are spent" in said and len(project.rows()) == 3
 
 
+def test_a_cost_that_is_no_number(project: Project) -> None:
+    """Nobody knows what it cost; a limit in dollars is not undone by that, and the record stays readable."""
+    claude_that_costs(project, float("nan"))
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", "--dollars=1", "--experiments=1")
+    assert experiment(project, 1).cost_usd is None
+    assert json.loads(project.loop("status", "--json"))["figures"]["dollars"] is None
+
+
 def test_dollars_for_the_gpu(project: Project) -> None:
     args = ("--tag=t", "--arena=demo", "--dollars=0.3", "--gpu-dollars-per-hour=3600")
     said = project.loop(*args, f"--agent={NEXT}; sleep 0.4")
@@ -291,14 +299,39 @@ if sys.argv[1] != "--judge" and not os.path.exists({str(data)!r}):
     impatient.check()
 
 
-def test_a_data_file_that_was_only_touched_is_not_held_against_the_run(project: Project) -> None:
+def test_data_that_somebody_merely_touched(project: Project) -> None:
+    """Between two runs it is held against nobody. While one runs, nobody can say what it saw: no number."""
     data = Path(project.env["HOME"]) / "cache/quick/val.bin"
     data.parent.mkdir(parents=True)
     data.touch()
-    (project.root.parent / "head.py").write_text(f"import os; os.link({str(data)!r}, {str(data) + '.backup'!r})\n")
+    project.research(once(project, f"ln {data} {data}.backup; {NEXT}", number=1))
+    (project.root.parent / "head.py").write_text(f"import os; os.link({str(data)!r}, {str(data) + '.copy'!r})\n")
     project.research(TRAIN)
-    assert [row["status"] for row in project.rows()] == ["keep", "discard"]
-    assert data.exists()
+    assert [row["status"] for row in project.rows()] == ["keep", "discard", "crash"] and data.exists()
+    assert experiment(project, 2).crash == "changed files while it ran: demo/val.bin"
+
+
+@pytest.mark.parametrize("put", ["mkdir {}", "ln -s /nowhere {}", "mkfifo {}"])
+def test_data_that_is_no_file_any_more(project: Project, put: str) -> None:
+    data = Path(project.env["HOME"]) / "cache/quick/val.bin"
+    project.patch(
+        "prepare.py", "import json", f"import os; os.makedirs({str(data.parent)!r}, exist_ok=True)\nimport json"
+    )
+    project.patch("prepare.py", '    print("ready', f"    open({str(data)!r}, 'a').close()\n    print(\"ready")
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "data")
+    project.research(once(project, f"rm {data}; {put.format(data)}; {NEXT}", number=1), experiments=2)
+    assert [row["status"] for row in project.rows()] == ["keep", "discard", "discard"]
+    assert data.is_file() and not data.is_symlink()
+
+
+@pytest.mark.parametrize("put", ["mkfifo $l", "mkdir $l", "ln -s /dev/zero $l"])
+def test_a_log_that_is_no_file_any_more(impatient: Project, put: str) -> None:
+    """The limit holds, and what is read is not what somebody put there."""
+    script = impatient.root.parent / "put.sh"
+    script.write_text(f"l=$(readlink /proc/self/fd/1); rm $l; {put}; sleep 100\n")
+    (impatient.root.parent / "head.py").write_text(f"import os; os.system('sh {script}')\n")
+    impatient.research(TRAIN, timeout=60)
+    assert (experiment(impatient, 1).crash or "").startswith("killed")
 
 
 def test_damaged_refs_are_restored(project: Project) -> None:
@@ -347,6 +380,20 @@ def test_packed_refs_that_are_lost(project: Project) -> None:
     assert project.git("rev-parse", "main") == start
     assert [row["description"] for row in project.rows()] == ["baseline"] + ["go on"] * 5
     project.check()
+
+
+def test_packed_refs_that_are_whole_are_left_alone(project: Project) -> None:
+    """Though git fails, since a branch of the user's names no object: what was packed since the start stays."""
+    project.git("pack-refs", "--all")
+    odd, g = "1234567890" * 4, project.root / ".git"
+    trouble = (
+        f"git -C {project.root} branch mine; git -C {project.root} pack-refs --all; echo {odd} > {g}/refs/heads/odd"
+    )
+    in_the_way = "git checkout -q --detach; git branch -q -D autoresearch/t; git branch -q autoresearch/t/x"
+    project.start(once(project, f"{trouble}; {in_the_way}; {NEXT}", number=1)).wait(timeout=60)
+    (g / "refs/heads/odd").unlink(missing_ok=True)
+    assert project.git("rev-parse", "mine") == project.git("rev-parse", "main")
+    assert not list(g.glob("packed-refs-aside*"))
 
 
 def test_another_tag_that_a_person_removed_stays_removed(project: Project) -> None:

@@ -305,7 +305,8 @@ def test_data_that_somebody_merely_touched(project: Project) -> None:
     data.parent.mkdir(parents=True)
     data.touch()
     project.research(once(project, f"ln {data} {data}.backup; {NEXT}", number=1))
-    (project.root.parent / "head.py").write_text(f"import os; os.link({str(data)!r}, {str(data) + '.copy'!r})\n")
+    link = f"import os, time; os.link({str(data)!r}, {str(data)!r} + str(time.time_ns()))"
+    (project.root.parent / "head.py").write_text(link + "\n")
     project.research(TRAIN)
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "crash"] and data.exists()
     assert experiment(project, 2).crash == "changed files while it ran: demo/val.bin"

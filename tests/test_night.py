@@ -309,7 +309,7 @@ def test_data_that_somebody_merely_touched(project: Project) -> None:
     (project.root.parent / "head.py").write_text(link + "\n")
     project.research(TRAIN)
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "crash"] and data.exists()
-    assert experiment(project, 2).crash == "changed files while it ran: demo/val.bin"
+    assert (experiment(project, 2).crash or "").startswith("changed files while it ran: demo/val.bin")
 
 
 @pytest.mark.parametrize("put", ["mkdir {}", "ln -s /nowhere {}", "mkfifo {}"])

@@ -16,6 +16,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 from autoresearch import process, prompt
 from autoresearch.display import duration, money
@@ -151,20 +152,21 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     near, far = ([p for p in faint if (p.val_bpb <= curve.high) == inside] for inside in (True, False))
     axes.plot([p.number for p in near], [p.val_bpb for p in near], ".", color=GREY, alpha=0.5, label="discarded")
     axes.plot([p.number for p in far], [curve.high] * len(far), "^", color=GREY, alpha=0.5, ms=4, clip_on=False)
-    numbers, values = zip(*[*curve.best, (curve.last, curve.best[-1][1])], strict=True)
-    axes.step(numbers, values, where="post", color=GREEN, lw=1.5, label="best so far")
-    axes.plot(numbers[:-1], values[:-1], "o", color=GREEN, ms=5, label="kept")
+    lines: list[tuple[list[tuple[int, float]], dict[str, Any]]] = [
+        (curve.best, {"color": GREEN, "lw": 1.5, "label": "best so far"})
+    ]
     if len(curve.sealed) > 1:
-        axes.step(
-            *zip(*curve.sealed, strict=True), where="post", color=ORANGE, lw=1, ls=":", label="kept, on sealed text"
-        )
+        lines.append((curve.sealed, {"color": ORANGE, "lw": 1, "ls": ":", "label": "the same on sealed text"}))
+    for steps, look in lines:
+        axes.step(*zip(*steps, (curve.last, steps[-1][1]), strict=True), where="post", **look)
+    axes.plot(*zip(*curve.best, strict=True), "o", color=GREEN, ms=5, label="kept")
     axes.set(xlabel="experiment", ylabel="val_bpb (lower is better)", ylim=(curve.low, curve.high))
     axes.set_xlim(-0.02 * max(curve.last, 1), 1.02 * max(curve.last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(useOffset=False)
     axes.set_title(one_line(title, 150).replace("$", r"\$"), loc="left", fontsize=9)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(1.0, 0.0))
     named = largest(points)
     shown = -math.inf
     for p in named:

@@ -162,6 +162,10 @@ PRESETS = {agent.name: agent for agent in (
 BUILT_IN = {
     # -P: the worktree, which is its working directory, is not where its code comes from
     "random": Agent(
-        "random", (sys.executable, "-P", "-m", "autoresearch.random_agent"), env={"PYTHONPATH": str(ROOT)}, dollars=True
+        "random",
+        (sys.executable, "-P", "-m", "autoresearch.random_agent"),
+        replies.read_free,
+        env={"PYTHONPATH": str(ROOT)},
+        dollars=True,
     ),
 }

@@ -117,6 +117,11 @@ def dollars(value: Json, *path: str) -> float | None:
 # One reader for each format; ValueError for output that is not what the CLI promises
 
 
+def read_free(output: Output) -> Answer:
+    """The built-in agent: as any command, but it is known to cost nothing."""
+    return replace(read_text(output), cost_usd=0.0)
+
+
 def read_text(output: Output) -> Answer:
     """Any command: the answer is its output, and what it cost it does not say."""
     return Answer(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text(size=20_000)))

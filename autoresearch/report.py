@@ -15,19 +15,20 @@ from dataclasses import asdict, dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
+from statistics import StatisticsError, correlation, median, quantiles
 from typing import Any
 
 from autoresearch import process, prompt
 from autoresearch.display import duration, money
 from autoresearch.git import Repo
-from autoresearch.records import TIE, Experiment, UserError, one_line
+from autoresearch.records import EDITABLE, TIE, Experiment, UserError, one_line
 from autoresearch.scene import Figures, figures
 
 GREEN, GREY, ORANGE = "#188038", "#9aa0a6", "#b06000"
 FAR = 1e6  # what no chart can show
 LABELS = 16  # gains named in the picture: the largest
 PATIENCE = 15.0  # seconds that the last report is waited for
+MAX_PARTS = 40  # of the program, listed with what was tried
 MAX_DIFF = 20_000  # characters of a diff that are shown
 MAX_LOG = 3_000  # characters of a log's end that are shown
 
@@ -230,9 +231,16 @@ def svg(history: Sequence[Experiment]) -> str:
     parts.append(f'<path class="best" d="{steps(curve.best)}"/>')
     for p in sorted(curve.points, key=lambda p: p.status == "keep"):
         said = escape(f"{p.number}: {p.val_bpb:.6f} {p.status}. {p.description}")
-        radius = 5 if p.status == "keep" else 3
-        where = f'cx="{x(p.number)}" cy="{y(p.val_bpb)}" r="{radius}"'
-        parts.append(f'<circle class="{p.status}" data-n="{p.number}" {where}><title>{said}</title></circle>')
+        at, shape = (x(p.number), y(p.val_bpb)), f'class="point {p.status}" data-n="{p.number}"'
+        if p.val_bpb > curve.high:
+            shape = f'<path {shape} d="M{at[0] - 4} {at[1] + 7}h8l-4-7z">'
+        else:
+            shape = f'<circle {shape} cx="{at[0]}" cy="{at[1]}" r="{5 if p.status == "keep" else 3}">'
+        parts.append(f"{shape}<title>{said}</title></{shape[1:].partition(' ')[0]}>")
+    for p in largest(curve.points):
+        parts.append(
+            f'<text class="kept" x="{x(p.number)}" y="{y(p.val_bpb) + 18}" text-anchor="middle">{p.number}</text>'
+        )
     box = f'viewBox="0 0 {width} {height}" role="img" aria-label="val_bpb by experiment"'
     return f'<svg id="chart" {box}>{"".join(parts)}</svg>'
 
@@ -266,13 +274,17 @@ def write_report(checkout: Repo, history: Sequence[tuple[str, Experiment]], fold
     title = f"{first.tag}: {place}; agent {one_line(agents, 60)}"
     picture, page = folder / "progress.png", folder / "report.html"
     draw(points_of(experiments), title, picture)
+    best_commit = next(commit for commit, e in history if e == found.best)
     template = string.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     details = [
         detail(e, commit, diff, folder) for (commit, e), diff in zip(history, diffs(checkout, history), strict=True)
     ]
     text = template.substitute(
         title=escape(title),
+        summary=summary(found, experiments),
         headline=headline(found, experiments),
+        whole=escape(checkout.git("diff", "--no-ext-diff", history[0][0], best_commit, "--", EDITABLE)[:MAX_DIFF]),
+        best=escape(best_commit),
         belief=belief(experiments, found),
         chart=svg(experiments),
         gains=gains(experiments),
@@ -288,79 +300,128 @@ def write_report(checkout: Repo, history: Sequence[tuple[str, Experiment]], fold
     return picture, page
 
 
+def summary(f: Figures, experiments: Sequence[Experiment]) -> str:
+    """What this is about, for who has never seen such a report."""
+    first, since = experiments[0], experiments[-1].number - f.best.number
+    return escape(
+        f"An agent changed train.py {f.experiments} times, one idea each. Each was trained for {first.budget or 0:g} s "
+        f"and scored by val_bpb, the bits per byte of unseen text: lower is better. {f.kept} beat what was best before "
+        f"and were kept; the best is experiment {f.best.number}, and {since} since then brought nothing better."
+    )
+
+
 def headline(f: Figures, experiments: Sequence[Experiment]) -> str:
-    best = f.best
+    best, first = f.best, experiments[0]
+    sealed = "" if (change := sealed_change(first, best)) is None else f"; {change:+.4f} on sealed text"
     boxes = [
-        (f"{best.val_bpb:.6f}", f"best val_bpb, experiment {best.number}"),
-        (f"{-f.gain / (f.baseline or 1):+.2%}", f"{-f.gain:+.6f} from the baseline's {f.baseline:.6f}"),
-        (f"{f.experiments}", f"experiments: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"),
+        (f"{best.val_bpb:.4f}", f"best val_bpb, experiment {best.number}"),
+        (f"{-f.gain / (f.baseline or 1):+.2%}", f"{-f.gain:+.4f} from the baseline's {f.baseline:.4f}{sealed}"),
+        (
+            f"{f.experiments}",
+            f"experiments after the baseline: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed",
+        ),
         (duration(sum(f.seconds.values())), f"h:mm:ss of work, {f.hourly:.1f} experiments an hour"),
         ((money(f) or ["unknown"])[0].partition(" (")[0], "spent, see below"),
     ]
     return "".join(f"<div><b>{escape(value)}</b><span>{escape(words)}</span></div>" for value, words in boxes)
 
 
+def sealed_change(first: Experiment, best: Experiment) -> float | None:
+    known = first.sealed_bpb is not None and best.sealed_bpb is not None and best.number > 0
+    return (best.sealed_bpb or 0.0) - (first.sealed_bpb or 0.0) if known else None
+
+
 def belief(experiments: Sequence[Experiment], f: Figures) -> str:
-    """Whether to believe it: the sealed score, the noise, what the run was compared under."""
-    said = []
+    """Whether to believe it: repeats, speed, the sealed score, the noise, what the run was compared under."""
     first, best = experiments[0], f.best
-    if best.number and first.sealed_bpb is not None and best.sealed_bpb is not None:
-        sealed = first.sealed_bpb - best.sealed_bpb
-        share = sealed / f.gain if f.gain > 0 else 0.0
+    said = ["Baseline and best were each trained once: train both again, in turns, before a gain is called one."]
+    said += speed(experiments, best)
+    if (change := sealed_change(first, best)) is not None and f.gain > 0:
+        share = -change / f.gain
         verdict = (
-            "the gain holds on text that no decision was taken on" if share > 0.8 else
+            "the search did not fit the validation rows" if share > 0.8 else
             "part of the gain does not carry over: look at the last diffs" if share > 0.3 else
-            "the gain does not carry over to other text: the search may have fitted the validation rows"
+            "the gain does not carry over: the search may have fitted the validation rows"
         )  # fmt: skip
+        levels = f"{first.sealed_bpb:.4f} to {best.sealed_bpb:.4f}"
         said.append(
-            f"On sealed rows the best is {sealed:+.6f} better than the baseline, {share:.0%} of the gain: {verdict}."
+            f"On sealed rows, which no decision was taken on, it went from {levels}: {change:+.4f}, {share:.0%} of the "
+            f"gain; {verdict}. That says nothing of luck in one training."
         )
     small = [e for e in experiments[1:] if e.status == "keep" and (e.gain or 0.0) < 5 * TIE]
     if small:
-        said.append(
-            f"{len(small)} of {f.kept} kept gained less than {5 * TIE:g}, five times what a run repeats itself to."
-        )
-    if not first.gpu:
-        said.append("A CPU's scores move with whatever else the machine does: take small gains for noise.")
-    under = f"arena {first.arena} ({first.data}), {first.gpu or 'CPU'}, torch {first.torch}, seed {first.seed}"
-    said.append(f"All scores were taken under one set of conditions: {under}.")
+        noise = f"less than {5 * TIE:g}, five times what a run on a GPU of its own repeats itself to"
+        said.append(f"{len(small)} of {f.kept} kept gained {noise}.")
+    under = f"{first.arena} ({first.data}), {first.gpu or 'a CPU'}, torch {first.torch}, seed {first.seed}"
+    said.append(f"The same for all scores: {under}.")
     return "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
+
+
+def speed(experiments: Sequence[Experiment], best: Experiment) -> list[str]:
+    """Whether scores follow how much of the text a run got to see: then the machine decided, or the model's size."""
+    seen = [e for e in experiments if e.tokens_M and e.val_bpb is not None]
+    if len(seen) < 2:
+        return []
+    tokens = sorted(e.tokens_M or 0.0 for e in seen)
+    said = f"Tokens seen in one training: {tokens[0]:.3g}M to {tokens[-1]:.3g}M, median {median(tokens):.3g}M"
+    if experiments[0].tokens_M and best.tokens_M:
+        said += f"; baseline {experiments[0].tokens_M:.3g}M, best {best.tokens_M:.3g}M"
+    later = [e for e in seen if e.number > best.number] or seen
+    pairs = [(math.log(e.tokens_M or 1.0), e.val_bpb or 0.0) for e in later]
+    with suppress(StatisticsError):  # all alike
+        r = correlation(*zip(*pairs, strict=True))
+        if len(pairs) >= 8 and r < -0.7:
+            which = f"{len(pairs)} experiments {'in all' if later is seen else 'since the best'}"
+            said += (
+                f". Of the {which}, those that saw less scored worse (correlation {r:.2f}): how fast a run was, by its "
+                "size or by what else the machine did, decided more than the ideas; what was discarded may be worth "
+                "another try"
+            )
+    return [f"{said}."]
 
 
 def gains(experiments: Sequence[Experiment]) -> str:
     kept = sorted((e for e in experiments if e.status == "keep" and e.gain), key=lambda e: -(e.gain or 0.0))
     if not kept:
         return "<p>None yet.</p>"
+    shown, rest = kept[:15], kept[15:]
     rows = "".join(
-        f'<li><a href="#" data-n="{e.number}">{-(e.gain or 0.0):+.6f}</a> {escape(e.description)} '
-        f"<small>experiment {e.number}, {e.lines:+d} lines</small></li>"
-        for e in kept[:15]
+        f"<li>{link(e)} {escape(e.description)} <small>experiment {e.number}, {e.lines:+d} lines</small></li>"
+        for e in shown
     )
-    rest = (
-        f"<p>and {len(kept) - 15} more, {sum(e.gain or 0.0 for e in kept[15:]):.6f} together</p>"
-        if len(kept) > 15
-        else ""
-    )
-    return f"<ol>{rows}</ol>{rest}"
+    more = f"<p>and {len(rest)} more, {-sum(e.gain or 0.0 for e in rest):+.6f} together</p>" if rest else ""
+    return f"<ol>{rows}</ol>{more}"
+
+
+def link(e: Experiment) -> str:
+    """The difference that an experiment made, to be clicked."""
+    return f'<a href="#" data-n="{e.number}">{escape(prompt.verdict(e).strip("()"))}</a>'
 
 
 def themes(experiments: Sequence[Experiment]) -> str:
-    """What was tried of each part of the program, the most often tried first."""
+    """What was tried of each part of the program: what was kept first, then the most often tried."""
+    parts = prompt.tried(experiments)
+    parts.sort(key=lambda part: -sum(e.status == "keep" for _, e in part[1]))
     rows = []
-    for name, entries in prompt.tried(experiments)[: prompt.THEMES]:
-        scored = [e for _, e in entries if e.gain is not None]
-        best = max((e.gain or 0.0 for e in scored), default=None)
+    for name, entries in parts[:MAX_PARTS]:
         kept = sum(e.status == "keep" for _, e in entries)
-        lately = ", ".join(f"{one_line(value, 24)} {prompt.verdict(e)}".strip() for value, e in entries[-4:])
-        cells = (name, f"{len(entries)}", f"{kept}", "" if best is None else f"{-best:+.6f}", lately)
-        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th>part</th><th>tried</th><th>kept</th><th>best</th><th>the latest, and how they went</th></tr>"
-    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>' if rows else "<p>Nothing yet.</p>"
+        best = sorted(entries, key=lambda entry: -math.inf if entry[1].gain is None else entry[1].gain, reverse=True)[
+            :3
+        ]
+        tries = ", ".join(
+            f"{escape(one_line(value, 24))} {link(e)}{'*' if '; ' in (e.changes or '') else ''}" for value, e in best
+        )
+        rows.append(f"<tr><td>{escape(name)}</td><td>{len(entries)}</td><td>{kept}</td><td>{tries}</td></tr>")
+    if not rows:
+        return "<p>Nothing yet.</p>"
+    head = "<tr><th>part</th><th>tried</th><th>kept</th><th>its best tries, and the difference each made</th></tr>"
+    more = f"<p>and {len(parts) - MAX_PARTS} more, never kept</p>" if len(parts) > MAX_PARTS else ""
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>{more}'
 
 
 def spend(f: Figures) -> str:
     if f.dollars is None:
-        return "<p>No call said what it cost, and no price was given for the GPU.</p>"
+        return "<p>Unknown: no call said what it cost, and no price was given with --gpu-dollars-per-hour.</p>"
     per = [f"${f.dollars / f.experiments:.3f} for an experiment"] if f.experiments else []
     per += [f"${f.dollars / f.kept:.2f} for one that was kept"] if f.kept else []
     per += [f"${f.dollars / (f.gain * 1000):.2f} for 0.001 of val_bpb"] if f.gain > TIE else []
@@ -386,6 +447,7 @@ def table_row(e: Experiment) -> str:
     cells = [
         (f"{e.number}", e.number), (e.status, None), ("" if e.val_bpb is None else f"{e.val_bpb:.6f}", e.val_bpb),
         ("" if e.gain is None else f"{-e.gain:+.6f}", None if e.gain is None else -e.gain),
+        ("" if e.steps is None else f"{e.steps}", e.steps),
         (f"{e.memory_gb:.1f}" if e.memory_gb else "", e.memory_gb), (f"{e.minutes:.1f}", e.minutes),
         ("" if e.cost_usd is None else f"{e.cost_usd:.2f}", e.cost_usd), (f"{e.lines:+d}", e.lines), (e.headline, None),
     ]  # fmt: skip

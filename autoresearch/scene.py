@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from autoresearch import process
@@ -164,6 +163,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
     if not kept:
         return None
     gaps = [(seconds_between(a, b), b) for a, b in pairwise(history)]
+    worked = [gap for gap, e in gaps if gap - e.minutes * 60 < PAUSE]
     own = sum(max(gap - e.minutes * 60, 0.0) for gap, e in gaps if gap - e.minutes * 60 < PAUSE)
     scored = [e for e in history if e.training_seconds is not None]
     training, evaluation = sum(e.training_seconds or 0.0 for e in scored), sum(map(evaluation_of, scored))
@@ -186,7 +186,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
         kept=counts["keep"],
         discarded=counts["discard"],
         crashed=counts["crash"],
-        hourly=3600 / max(median(gap for gap, _ in gaps), 1e-3) if gaps else 0.0,
+        hourly=3600 * len(worked) / max(sum(worked), 1e-3),
         seconds=seconds,
         agent_dollars=sum(costs) if costs else None,
         gpu_dollars=sum(rates) if rates else None,

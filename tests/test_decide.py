@@ -7,7 +7,7 @@ from loop import decide
 
 
 def scored(val_bpb: float) -> Finished:
-    return Finished(Summary(val_bpb, val_bpb, 300.0, 320.0, 45000.0, None, 500.0, 950, 50.0, 8), 320.0)
+    return Finished(Summary(val_bpb, val_bpb, 300.0, 320.0, 45000.0, None, 500.0, 950, 50.0, 8, 3.0), 320.0)
 
 
 @pytest.mark.parametrize(

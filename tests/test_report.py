@@ -136,9 +136,11 @@ def test_sorting_filtering_and_the_chart(reported: Project) -> None:
 def test_what_the_report_says(reported: Project) -> None:
     reported.loop("report", "--tag=t")
     text = html.unescape(re.sub(r"<[^>]+>", " ", (reported.root / "runs/t/report.html").read_text()))
-    assert "experiments: 1 kept, 1 discarded, 2 crashed" in text and "-0.100000 from the baseline's 1.000000" in text
-    assert "On sealed rows the best is +0.100000 better than the baseline, 100% of the gain" in text
-    assert "No call said what it cost" in text and "A CPU's scores move" in text
+    assert "experiments after the baseline: 1 kept, 1 discarded, 2 crashed" in text
+    assert "-0.1000 from the baseline's 1.0000; -0.1000 on sealed text" in text
+    assert "it went from 1.1000 to 1.0000: -0.1000, 100% of the gain" in text
+    assert "no call said what it cost" in text and "each trained once" in text
+    assert "+VAL_BPB = 0.9" in text  # the whole diff
 
 
 def test_it_is_made_again_after_each_experiment(project: Project) -> None:
@@ -208,7 +210,14 @@ def test_any_night_can_be_drawn(history: list[Experiment], tmp_path: Path) -> No
     report.draw(report.points_of(history), "$100", tmp_path / "progress.png")
     points = report.curve_of(report.points_of(history))
     assert points.low < min(value for _, value in points.best) <= max(value for _, value in points.best) < points.high
-    assert report.svg(history).count("<circle") == sum(e.val_bpb is not None for e in history)
+    assert report.svg(history).count('class="point ') == sum(e.val_bpb is not None for e in history)
+
+
+def test_scores_that_follow_the_speed_are_told() -> None:
+    history = list(timed(night(40)))
+    slow = [replace(e, tokens_M=50.0 / e.val_bpb**9) if e.val_bpb else e for e in history]
+    assert "those that saw less scored worse (correlation -1.00)" in report.speed(slow, history[0])[0]
+    assert "scored worse" not in report.speed(history, history[0])[0]  # all saw the same
 
 
 def test_a_diff_that_looks_like_the_next_commit(project: Project) -> None:
@@ -227,7 +236,8 @@ def test_a_long_night_is_a_page_of_a_few_megabytes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(report, "diffs", lambda *_: ["@@ -1 +1 @@\n-old\n+new\n" * 50] * 1000)
     start = time.perf_counter()
     assert figures(history)
-    _, page = report.write_report(Repo.at(ROOT), [("0" * 40, e) for e in history], tmp_path)
+    checkout = Repo.at(ROOT)
+    _, page = report.write_report(checkout, [(checkout.resolve("HEAD") or "", e) for e in history], tmp_path)
     print(f"{time.perf_counter() - start:.1f} s")
     assert page.stat().st_size < 8_000_000
     assert browse(page, "return document.querySelectorAll('tr[data-n]').length") == 1000

@@ -153,16 +153,17 @@ def render(scene: Scene, progress: Progress | None, now: float, note: str = "") 
 def headline(f: Figures) -> list[RenderableType]:
     best, share = f.best, f.gain / f.baseline if f.baseline else 0.0
     idea = f"experiment {best.number}: {best.description}" if best.number else "nothing better yet"
-    spent = [f"{count(f.experiments)}: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"]
+    counts = [f"{count(f.experiments)}: {f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"]
     if f.experiments:
-        spent.append(f"{f.hourly:.1f} an hour")
+        counts.append(f"{f.hourly:.1f} an hour")
     return [
         Text.assemble(
             "best ", (f"{best.val_bpb:.6f}", "bold green"), f"  baseline {f.baseline:.6f}  ",
             (f"{-f.gain:+.6f} ({-share:+.2%})", "bold"), f"  {idea}", overflow="ellipsis", no_wrap=True,
         ),
-        Text(", ".join([*spent, *money(f)]), overflow="ellipsis", no_wrap=True),
+        Text(", ".join(counts), overflow="ellipsis", no_wrap=True),
         Text(f"time: {shares(f.seconds)}", style="dim", overflow="ellipsis", no_wrap=True),
+        *(Text(f"spent: {dollars}", style="dim", overflow="ellipsis", no_wrap=True) for dollars in money(f)),
     ]  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def test_calls_before_a_restart_are_paid_for(project: Project) -> None:
     fake(project, "claude", f"{BETTER}; printf %s '{RESULT}'")
     project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=1")
     assert project.rows()[1]["cost_usd"] == "1.5000"
-    assert "1 experiments, 0 min, $1.50: 1 kept" in project.loop("status")
+    assert "spent: $1.50 (agent $1.50)" in project.loop("status")
     project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=0")
     assert spent_on(project.root / "runs/t/0001", "another commit").calls == 0
 

@@ -219,6 +219,7 @@ def test_status_of_a_run_that_runs_ends_or_dies(project: Project) -> None:
     wait_for((project.root / "runs/t/0002/prompt-0.md").exists)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
+    go.touch()  # or the agent, which nobody is left to end, would wait for ever
     assert "the driver ended without a word" in project.loop("status")
     facts = json.loads(project.loop("status", "--json"))
     assert facts["state"] == "died" and facts["phase"]["name"] == "asking" and facts["phase"]["number"] == 2

@@ -66,7 +66,9 @@ def past(tag: str | None) -> tuple[str, list[Experiment]]:
     for e in experiments:
         active[e.tag] = max(active.get(e.tag, 0.0), datetime.fromisoformat(e.finished).timestamp())
     if not active:
-        raise UserError(f"no experiments yet under {REFS}/{tag or ''}")
+        others = sorted({e.tag for _, e in read_history(checkout)})
+        there = f"; there are {', '.join(others)}" if others else ""
+        raise UserError(f"no experiments yet under {REFS}/{tag or ''}{there}")
     last = max(active, key=lambda name: active[name])
     mine = [e for e in experiments if e.tag == last]
     if mine and not any(e.status == "keep" for e in mine):

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, cast
@@ -39,7 +39,7 @@ from autoresearch.records import (
     Waiting,
     one_line,
 )
-from autoresearch.scene import Figures, Scene, figures, fold, running_best
+from autoresearch.scene import Figures, Phase, Scene, figures, fold, running_best
 from autoresearch.trial import Progress
 
 STYLES = {"keep": "bold green", "discard": "dim", "crash": "red"}
@@ -159,7 +159,8 @@ def headline(f: Figures) -> list[RenderableType]:
     return [
         Text.assemble(
             "best ", (f"{best.val_bpb:.6f}", "bold green"), f"  baseline {f.baseline:.6f}  ",
-            (f"{-f.gain:+.6f} ({-share:+.2%})", "bold"), f"  {idea}", overflow="ellipsis", no_wrap=True,
+            (f"{-f.gain:+.6f} ({-share:+.2%})  " if best.number else "", "bold"), idea,
+            overflow="ellipsis", no_wrap=True,
         ),
         Text(", ".join(counts), overflow="ellipsis", no_wrap=True),
         Text(f"time: {shares(f.seconds)}", style="dim", overflow="ellipsis", no_wrap=True),
@@ -329,6 +330,9 @@ def standing(scene: Scene, folder: Path, holder: str | None) -> RenderableType:
         "stopped": "not running",
         "died": "not running: the driver ended without a word; the same command resumes it",
     }[state(scene, holder)]
+    if state(scene, holder) == "died":
+        at = f"{scene.phase.name} {scene.phase.number:04d} {scene.phase.detail}".strip()
+        scene = replace(scene, phase=Phase("stopped", detail=f"at {at}"))
     return render(scene, scenes.progress(scene, folder), time.time(), note)
 
 

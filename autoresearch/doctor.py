@@ -117,6 +117,8 @@ def check_torch(root: Path, options: Namespace) -> Iterator[Finding]:
     built = f"{version}, built for {f'CUDA {cuda}' if cuda else 'the CPU alone'}"
     if options.arena == "demo" or not why:
         yield Finding("torch", "ok", built)
+    elif not shutil.which("nvidia-smi"):
+        yield Finding("torch", "ok", f"{built}; not tried, without a GPU")
     else:
         cure = "`uv pip install torch --torch-backend=auto`, then `uv run --no-sync loop.py`"
         yield Finding("torch", "fail", f"{built}, cannot use the GPU: {one_line(why, 300)}: {cure}")
@@ -168,7 +170,7 @@ def check_data(root: Path, options: Namespace) -> Iterator[Finding]:
         try:
             requests.head(endpoint, timeout=10)
         except requests.RequestException as error:
-            cure = "HF_ENDPOINT names a mirror, `--arena python` needs no network"
+            cure = "HF_ENDPOINT names a mirror; `--arena python` (on a GPU) and `--demo` need no network"
             yield Finding("data", "fail", f"{endpoint} cannot be reached ({type(error).__name__}): {cure}")
             return
         ahead = f"`uv run prepare.py --arena {options.arena}` does it ahead"

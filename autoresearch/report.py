@@ -24,7 +24,7 @@ from autoresearch.git import Repo
 from autoresearch.records import EDITABLE, TIE, Experiment, UserError, one_line
 from autoresearch.scene import Figures, figures
 
-GREEN, GREY, ORANGE = "#188038", "#9aa0a6", "#b06000"
+GREEN, GREY, ORANGE, RED = "#188038", "#9aa0a6", "#b06000", "#c5221f"
 FAR = 1e6  # what no chart can show
 LABELS = 16  # gains named in the picture: the largest
 PATIENCE = 15.0  # seconds that the last report is waited for
@@ -161,6 +161,8 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     for steps, look in lines:
         axes.step(*zip(*steps, (curve.last, steps[-1][1]), strict=True), where="post", **look)
     axes.plot(*zip(*curve.best, strict=True), "o", color=GREEN, ms=5, label="kept")
+    if crashed := [p.number for p in points if p.status == "crash"]:
+        axes.plot(crashed, [curve.low] * len(crashed), "x", color=RED, alpha=0.6, ms=4, clip_on=False, label="crashed")
     axes.set(xlabel="experiment", ylabel="val_bpb (lower is better)", ylim=(curve.low, curve.high))
     axes.set_xlim(-0.02 * max(curve.last, 1), 1.02 * max(curve.last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -237,6 +239,12 @@ def svg(history: Sequence[Experiment]) -> str:
         else:
             shape = f'<circle {shape} cx="{at[0]}" cy="{at[1]}" r="{5 if p.status == "keep" else 3}">'
         parts.append(f"{shape}<title>{said}</title></{shape[1:].partition(' ')[0]}>")
+    for e in history:
+        if e.status == "crash":
+            cross = (
+                f'<path class="cross" data-n="{e.number}" d="M{x(e.number) - 3} {height - bottom - 7}l6 6m0-6l-6 6">'
+            )
+            parts.append(f"{cross}<title>{escape(f'{e.number}: {e.headline}')}</title></path>")
     for p in largest(curve.points):
         parts.append(
             f'<text class="kept" x="{x(p.number)}" y="{y(p.val_bpb) + 18}" text-anchor="middle">{p.number}</text>'

@@ -406,10 +406,8 @@ def start(options: argparse.Namespace) -> int:
     seed = whole(os.environ.get("AUTORESEARCH_SEED", "42"))
     if cache := os.environ.get("AUTORESEARCH_CACHE"):
         os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())  # the same from the worktree
-    if options.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # gigabytes each
-    machine = gpu.find_machine(options.arena)
+    machine = gpu.find_machine(options.arena, options.gpu)
     if machine.uuid:  # by number, CUDA may mean another one than nvidia-smi does
         os.environ["CUDA_VISIBLE_DEVICES"] = machine.uuid
     ledger = Ledger(checkout, options.tag, show)

@@ -17,9 +17,9 @@ from autoresearch.scene import load
 
 def status(options: Namespace) -> int:
     """Print where a run stands."""
-    tag, experiments = past(options.tag)
+    tag, history = past(options.tag)
     folder = folder_of(tag)
-    scene, holder = load(folder / NOW, tag, experiments), locks.holder(folder / LOCK)
+    scene, holder = load(folder / NOW, tag, [e for _, e in history]), locks.holder(folder / LOCK)
     if options.json:
         print(json.dumps(facts(scene, folder, holder), indent=1))
     else:
@@ -33,9 +33,8 @@ def write_report(options: Namespace) -> int:
         report.draw(report.read_table(options.results), str(options.results), Path("progress.png"))
         print("progress.png")
         return 0
-    checkout = checks.open_checkout(ROOT)
-    tag, _ = past(options.tag)
-    for path in report.write_report(checkout, read_history(checkout, tag), folder_of(tag)):
+    tag, history = past(options.tag)
+    for path in report.write_report(checks.open_checkout(ROOT), history, folder_of(tag)):
         print(path)
     return 0
 
@@ -49,29 +48,30 @@ def examine(options: Namespace) -> int:
 
 def show_prompt(options: Namespace) -> int:
     """Print what the agent would be told now."""
-    tag, experiments = past(options.tag)
-    if not experiments:
+    tag, history = past(options.tag)
+    if not history:
         raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
-    print(prompt.brief((ROOT / "program.md").read_text(encoding="utf-8", errors="replace"), experiments), end="")
+    taste = (ROOT / "program.md").read_text(encoding="utf-8", errors="replace")
+    print(prompt.brief(taste, [e for _, e in history]), end="")
     return 0
 
 
-def past(tag: str | None) -> tuple[str, list[Experiment]]:
-    """A run and its experiments as git holds them: of the one named, else of the one that was active last."""
+def past(tag: str | None) -> tuple[str, list[tuple[str, Experiment]]]:
+    """A run and its (commit, experiment) as git holds them: of the one named, else of the one that was active last."""
     checkout = checks.open_checkout(ROOT)
     if tag is not None:
         checks.check_name(checkout, tag)
-    experiments = [experiment for _, experiment in read_history(checkout, tag or "*")]
+    history = read_history(checkout, tag or "*")
     active = {path.parent.name: path.stat().st_mtime for path in (ROOT / "runs").glob(f"{tag or '*'}/{NOW}")}
-    for e in experiments:
+    for _, e in history:
         active[e.tag] = max(active.get(e.tag, 0.0), datetime.fromisoformat(e.finished).timestamp())
     if not active:
         others = sorted({e.tag for _, e in read_history(checkout)})
         there = f"; there are {', '.join(others)}" if others else ""
         raise UserError(f"no experiments yet under {REFS}/{tag or ''}{there}")
     last = max(active, key=lambda name: active[name])
-    mine = [e for e in experiments if e.tag == last]
-    if mine and not any(e.status == "keep" for e in mine):
+    mine = [entry for entry in history if entry[1].tag == last]
+    if mine and not any(e.status == "keep" for _, e in mine):
         raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
     return last, mine
 

@@ -325,12 +325,13 @@ def state(scene: Scene, holder: str | None) -> str:
 
 def standing(scene: Scene, folder: Path, holder: str | None) -> RenderableType:
     """The view of a run that another process runs, or none any more."""
+    now = state(scene, holder)
     note = {
         "running": f"running, {holder}",
         "stopped": "not running",
         "died": "not running: the driver ended without a word; the same command resumes it",
-    }[state(scene, holder)]
-    if state(scene, holder) == "died":
+    }[now]
+    if now == "died":
         at = f"{scene.phase.name} {scene.phase.number:04d} {scene.phase.detail}".strip()
         scene = replace(scene, phase=Phase("stopped", detail=f"at {at}"))
     return render(scene, scenes.progress(scene, folder), time.time(), note)

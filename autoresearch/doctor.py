@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import requests
 from rich.table import Table
 from rich.text import Text
 
@@ -75,7 +74,7 @@ def check_git(root: Path, options: Namespace) -> Iterator[Finding]:
 
 
 def check_gpu(root: Path, options: Namespace) -> Iterator[Finding]:
-    machine = find_gpu(options)
+    machine = gpu.find_machine(options.arena, options.gpu)
     if holder := locks.holder(locks.of_device(machine.uuid or "cpu")):
         yield Finding("GPU", "fail", f"{machine.gpu or 'the CPU'} is taken by {holder}")
     check_resumed(root, options, machine)
@@ -100,12 +99,6 @@ def check_resumed(root: Path, options: Namespace, machine: Machine) -> None:
     if ledger.history:
         arena = Arena(options.arena, 0.0, ledger.history[0][1].data, Path())
         checks.check_comparable(ledger, arena, machine, whole(os.environ.get("AUTORESEARCH_SEED", "42")))
-
-
-def find_gpu(options: Namespace) -> Machine:
-    if options.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)
-    return gpu.find_machine(options.arena)
 
 
 def check_torch(root: Path, options: Namespace) -> Iterator[Finding]:
@@ -166,7 +159,11 @@ def check_data(root: Path, options: Namespace) -> Iterator[Finding]:
     elif options.arena in ("demo", "python"):
         yield Finding("data", "ok", f"arena {options.arena} will be made of sources that are here")
     else:
-        endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+        import requests  # a start of the driver need not wait for these two
+
+        from autoresearch.hub import find_endpoint
+
+        endpoint = find_endpoint()
         try:
             requests.head(endpoint, timeout=10)
         except requests.RequestException as error:

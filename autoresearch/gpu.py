@@ -14,9 +14,11 @@ ANSWER = 60.0  # seconds that nvidia-smi is given
 PATIENCE = 30.0  # seconds in which a killed process gives its memory back
 
 
-def find_machine(arena: str) -> Machine:
-    """Name the GPU that CUDA_VISIBLE_DEVICES puts first, its driver, and torch; UserError when there is none but the
-    arena needs one."""
+def find_machine(arena: str, number: int | None) -> Machine:
+    """Name the GPU of that number, else the one that CUDA_VISIBLE_DEVICES puts first, its driver, and torch; UserError
+    when there is none but the arena needs one."""
+    if number is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
     if arena == "demo":
         return Machine("", "", version("torch"))
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]

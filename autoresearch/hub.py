@@ -50,6 +50,11 @@ class Remote:
     sha256: str | None
 
 
+def find_endpoint() -> str:
+    """The hub, or the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
 def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) -> None:
     """Have these parquet files of a dataset in a folder: those that are missing are fetched, several at a time.
 
@@ -61,7 +66,7 @@ def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) ->
     if not wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    endpoint = find_endpoint()
     base = f"{endpoint}/datasets/{dataset}/resolve/main"
     missing: dict[str, list[str]] = {}  # by reason
     given_up = threading.Event()

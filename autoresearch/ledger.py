@@ -3,13 +3,13 @@
 import fcntl
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from autoresearch.git import GitError, Repo
+from autoresearch.process import uninterrupted
 from autoresearch.records import Event, Experiment, Mended, UserError, message, parse_message
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
@@ -136,12 +136,8 @@ class Ledger:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold results.tsv, and let no signal in: between the ref and its row nothing but SIGKILL can come."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-        try:
-            with locked(self.table):
-                yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with uninterrupted(), locked(self.table):
+            yield
 
     def record(self, experiment: Experiment, parent: str, commit: str) -> str:
         """Make `commit`'s files a child of `parent` with the experiment's trailers, for ever. Returns the new commit.

@@ -93,11 +93,11 @@ class Refresher:
             self.process.kill()
             self.process.wait()
         with suppress(OSError):
-            process = self.spawn()
+            last = self.spawn()
             try:
-                process.wait(timeout=PATIENCE)
+                last.wait(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
-                process.kill()
+                last.kill()
 
     def spawn(self) -> subprocess.Popen[bytes]:
         nowhere = subprocess.DEVNULL

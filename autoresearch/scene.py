@@ -163,8 +163,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
     if not kept:
         return None
     gaps = [(seconds_between(a, b), b) for a, b in pairwise(history)]
-    worked = [gap for gap, e in gaps if gap - e.minutes * 60 < PAUSE]
-    own = sum(max(gap - e.minutes * 60, 0.0) for gap, e in gaps if gap - e.minutes * 60 < PAUSE)
+    worked = [(gap, gap - e.minutes * 60) for gap, e in gaps if gap - e.minutes * 60 < PAUSE]
     scored = [e for e in history if e.training_seconds is not None]
     training, evaluation = sum(e.training_seconds or 0.0 for e in scored), sum(map(evaluation_of, scored))
     seconds = {
@@ -175,7 +174,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
         "training": training,
         "evaluation": evaluation,
         "crashed": sum(e.run_seconds for e in history if e.training_seconds is None),
-        "own": own,
+        "own": sum(max(own, 0.0) for _, own in worked),
     }
     costs = [e.cost_usd for e in history if e.cost_usd is not None]
     rates = [e.gpu_rate * e.minutes / 60 for e in history if e.gpu_rate is not None]
@@ -186,7 +185,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
         kept=counts["keep"],
         discarded=counts["discard"],
         crashed=counts["crash"],
-        hourly=3600 * len(worked) / max(sum(worked), 1e-3),
+        hourly=3600 * len(worked) / max(sum(gap for gap, _ in worked), 1e-3),
         seconds=seconds,
         agent_dollars=sum(costs) if costs else None,
         gpu_dollars=sum(rates) if rates else None,

@@ -17,7 +17,8 @@ import textwrap
 import time
 from collections import deque
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # read by torch when it is imported
+if "microsoft" not in os.uname().release.lower():     # under WSL2 it fails on some cards (pytorch issue 192330)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # torch reads it when it is imported
 
 import torch
 import torch.nn as nn
@@ -68,6 +69,7 @@ ROPE_BASE     = pick(1e4,   1e6,   1e6,   1e6,   1e6,   1e6)     # [1e3, 1e7] ba
 WINDOWS       = "SSSLSL"    # one letter a layer, repeated: L sees the whole row, S a part of it; the last layer is L
 SHORT_WINDOW  = 0.25        # [0.05, 1.0] reach of an S layer, as a share of the row
 DOCUMENT_MASK = True        # whether attention stays within a document
+MAX_DOCUMENTS = 16          # documents of a row that attention tells apart; the last holds the rest
 MLP_RATIO     = 4           # [1, 8] hidden width of the MLP over the model's width
 MLP_SHIFT     = 0.5         # [0.0, 1.0] the MLP squares what exceeds this
 QK_SCALE      = 1.1         # [0.5, 2.0] length of queries and keys, over that of a normed vector
@@ -127,9 +129,14 @@ def first_tokens(x):
     return torch.cat((torch.ones_like(first[:, :1]), first[:, 1:]), dim=1)
 
 
+def document_numbers(x):
+    """Which document of its row each token belongs to, (B, T), from 0 to below MAX_DOCUMENTS."""
+    return (first_tokens(x).cumsum(1) - 1).clamp(max=MAX_DOCUMENTS - 1)
+
+
 def document_mask(x, window):
     """Bool (B, 1, T, T): a query sees no later key, none beyond the window, none of another document."""
-    document = first_tokens(x).cumsum(1)
+    document = document_numbers(x)
     back = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
     return ((back >= 0) & (back <= window) & (document[:, :, None] == document[:, None, :]))[:, None]
 
@@ -137,12 +144,11 @@ def document_mask(x, window):
 def document_offsets(x):
     """Starts of the documents in the flattened batch, int32 (B * slots + 1,): a fixed length, as compiling needs.
 
-    A slot that a row does not need is empty and lies at the row's end; where a row has more documents than slots,
-    the last slot holds the rest.
+    A slot that a row does not need is empty and lies at the row's end. Kernels start threads for empty ones too.
     """
-    slots = max(T // 32, 1)
+    slots = MAX_DOCUMENTS if DOCUMENT_MASK else 1
     rows = torch.arange(len(x), device=x.device)[:, None]
-    slot = (first_tokens(x).cumsum(1) - 1).clamp(max=slots - 1) + rows * slots
+    slot = document_numbers(x) + rows * slots
     offsets = ((rows + 1) * T).expand(-1, slots).flatten()
     offsets = offsets.scatter_reduce(0, slot.flatten(), torch.arange(x.numel(), device=x.device), "amin")
     return F.pad(offsets, (0, 1), value=x.numel()).int()
@@ -150,16 +156,18 @@ def document_offsets(x):
 
 def attend(q, k, v, documents, window):
     """Attention of q over k and v, each (B, T, HEADS, HEAD_DIM). `documents` is what `documents_of` returns."""
-    if DEVICE == "cpu":
+    if ATTENTION == "dense":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=documents[window]).transpose(1, 2)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    return varlen_attn(q, k, v, documents, documents, T, T, window_size=(window, 0))
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(*flat, documents, documents, T, T, window_size=(window, 0)).view_as(q)
 
 
 def documents_of(x, windows):
     """What attention has to know of the documents in x: their offsets, or on a CPU a mask for each window."""
-    return {window: document_mask(x, window) for window in set(windows)} if DEVICE == "cpu" else document_offsets(x)
+    if ATTENTION == "dense":
+        return {window: document_mask(x, window) for window in set(windows)}
+    return document_offsets(x)
 
 
 # -----------------------------------------------------------------------------
@@ -176,15 +184,17 @@ def linear(x, weight):
 
 
 def rotary():
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), each (T, 1, HEAD_DIM / 2)."""
+    """Cosines and signed sines of the rotary embedding (arXiv 2104.09864), each (T, 1, HEAD_DIM)."""
     wavelengths = ROPE_BASE ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    angles = torch.arange(T)[:, None] / wavelengths
-    return angles.cos()[:, None], angles.sin()[:, None]
+    angles = (torch.arange(T)[:, None] / wavelengths)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+    """Turn the pairs of channels i and i + HEAD_DIM / 2 of x (B, T, HEADS, HEAD_DIM) by the angles of their token."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)     # a copy less than to cut x in two and join the halves
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 class NgramTables(nn.Module):
@@ -208,7 +218,7 @@ class NgramTables(nn.Module):
         self.register_buffer("offsets", torch.arange(tables) * self.rows, persistent=False)
         weight = torch.empty(tables * self.rows, WIDTH // 2, dtype=DTYPE, device=DEVICE)    # too large to copy there
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.found = self.grad = None   # of the last step: the rows that were looked up, and their gradient
+        self.found = self.grad = None   # within a step: the rows that were looked up, and their gradient
 
     def find(self, x):
         """Rows of the n-grams that end at tokens x (B, T), none of which crosses a document: (B, T, tables)."""
@@ -233,12 +243,13 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(torch.empty(sources * HEADS, GATE_CHANNELS)) if sources else None
 
     def forward(self, x, extra, rope, documents):
-        """`extra` are value embeddings (B, T, sources, WIDTH), or None."""
+        """`extra` are value embeddings, each (B, T, WIDTH): as many as this layer has sources."""
         B = len(x)
         q, k, v = linear(x, self.qkv.flatten(0, 1)).view(B, T, 3, HEADS, HEAD_DIM).unbind(2)
         if self.gate is not None:   # value residual (arXiv 2410.17897), from embeddings, gated for each head
             gate = 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS], self.gate)).view(B, T, -1, HEADS, 1)
-            v = v + (gate * extra.view(B, T, -1, HEADS, HEAD_DIM)).sum(2)
+            for i, source in enumerate(extra):
+                v = v + gate[:, :, i] * source.view(B, T, HEADS, HEAD_DIM)
         q, k = (QK_SCALE * norm(rotate(t, *rope)) for t in (q, k))
         return linear(attend(q, k, v, documents, self.window).reshape(B, T, WIDTH), self.out)
 
@@ -291,12 +302,18 @@ class GPT(nn.Module):
         for i in self.valued:
             nn.init.zeros_(self.attentions[i].gate)
 
+    def drop_grads(self):
+        """Free all that a step leaves: the tables' share alone is a gigabyte on a large card."""
+        self.zero_grad(set_to_none=True)
+        self.tables.found = self.tables.grad = None
+
     def hidden(self, x, ngrams):
         """Last state of the residual stream, normed, (B, T, WIDTH), of tokens x and what the tables hold for them."""
         documents = documents_of(x, self.windows)
         h = start = norm(F.embedding(x, self.embed)).to(DTYPE)
-        values = F.embedding(x, self.values).to(DTYPE).view(*x.shape, len(self.valued), 1, WIDTH)
-        extras = dict(zip(self.valued, torch.cat((values, ngrams), dim=3).unbind(2), strict=True))
+        values = F.embedding(x, self.values).to(DTYPE).view(*x.shape, len(self.valued), WIDTH).unbind(2)
+        sources = zip(self.valued, values, ngrams.unbind(2), strict=True)
+        extras = {i: (value, *ngram.unbind(2)) for i, value, ngram in sources}
         for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
             h = (self.residual[i] * h.float() + self.skip[i] * start.float()).to(DTYPE)
             h = h + attention(norm(h), extras.get(i), (self.cos, self.sin), documents)
@@ -529,7 +546,7 @@ def train_step(model, optimizers, x, y, micro_rows):
     tables.grad = grads[0] if len(grads) == 1 else torch.cat(grads)
     for optimizer in optimizers:
         optimizer.step()
-    model.zero_grad(set_to_none=True)
+    model.drop_grads()
     return total
 
 
@@ -539,22 +556,22 @@ def warm_up(model, micro_rows):
 
     Returns the rows of a micro-batch that memory allows: they are halved until a step fits.
     """
-    rows = BATCH // T
+    rows, optimizers = BATCH // T, make_optimizers(model)
     while True:
         tokens = torch.randint(V, (max(rows, ARENA.eval_rows), T), device=DEVICE)
         try:
-            train_step(model, make_optimizers(model), tokens[:rows], tokens[:rows], micro_rows)
+            train_step(model, optimizers, tokens[:rows], tokens[:rows], micro_rows)
             break
         except torch.OutOfMemoryError:
             if micro_rows == 1:
                 raise
-        model.zero_grad(set_to_none=True)   # outside of `except`, whose traceback holds what the step allocated
+        model.drop_grads()      # outside of `except`, whose traceback holds what the step allocated
         gc.collect()
         torch.cuda.empty_cache()
         micro_rows //= 2
         print(f"out of memory: {micro_rows} rows at a time now", flush=True)
     with torch.no_grad():
-        compiled(model.eval())(tokens[: ARENA.eval_rows])   # as `finish` will call it
+        compiled(model.eval())(tokens[: ARENA.eval_rows])   # as `finish` will call it, beside the optimizers' state
     model.train()
     model.initialize()
     return micro_rows
@@ -573,9 +590,9 @@ def refuse_machine():
 def sizes():
     """Each constant that can fit badly, whether it fits, and what it must be; what comes later relies on what came."""
     for name in ("DEPTH", "HEADS", "HEAD_DIM", "BATCH", "MICRO_BATCH", "TABLE_ROWS", "MLP_RATIO", "GATE_CHANNELS",
-                 "MOMENTUM_STEPS", "LOSS_CHUNK"):
+                 "MOMENTUM_STEPS", "LOSS_CHUNK", "MAX_DOCUMENTS"):
         yield name, type(globals()[name]) is int and globals()[name] >= 1, "a whole number, at least 1"
-    yield "HEAD_DIM", HEAD_DIM % 8 == 0, "a multiple of 8, which attention kernels need"
+    yield "HEAD_DIM", HEAD_DIM % 8 == 0 and HEAD_DIM <= 256, "a multiple of 8 up to 256, which attention kernels need"
     yield "BATCH", BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
     yield "MICRO_BATCH", MICRO_BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
     yield "MICRO_BATCH", BATCH % min(BATCH, MICRO_BATCH) == 0, f"a divisor of {BATCH}, the BATCH"

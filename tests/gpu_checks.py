@@ -93,12 +93,14 @@ def warm_up() -> None:
 
 def memory() -> None:
     """Where memory is short, the micro-batch is halved until it suffices, and the batch stays."""
-    micro_rows = min(train.BATCH, train.MICRO_BATCH) // train.T
-    assert train.warm_up(train.GPT(), micro_rows) == micro_rows
+    # as a small card has them, a step would take less than the evaluation, which must fit
+    train.BATCH = train.MICRO_BATCH = max(train.MICRO_BATCH, 2**16)
+    micro_rows, model = train.BATCH // train.T, train.GPT()
+    assert train.warm_up(model, micro_rows) == micro_rows
     peak = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.7 * peak / torch.cuda.get_device_properties(0).total_memory)
-    assert train.warm_up(train.GPT(), micro_rows) < micro_rows
+    assert train.warm_up(model, micro_rows) < micro_rows
 
 
 def referee() -> None:
@@ -111,7 +113,7 @@ def referee() -> None:
     network, x = train.compiled(model.eval()), some_tokens(ARENA.eval_rows)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         prepare.export(network, x, Path(folder) / "model.pt2")
-        loaded = torch.export.load(Path(folder) / "model.pt2").module().to(train.DEVICE)
+        loaded = prepare.load_exported(Path(folder) / "model.pt2").module().to(train.DEVICE)
         losses = [F.cross_entropy(m(x).flatten(0, 1), x.roll(-1, 1).flatten()).item() for m in (network, loaded)]
     print(losses)
     assert abs(losses[0] - losses[1]) < 5e-4

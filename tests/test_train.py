@@ -1,5 +1,6 @@
 """train.py on a CPU: the parts, and real runs of seconds under the real loop."""
 
+import itertools
 import math
 import os
 import re
@@ -8,10 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_checks
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Project, make_real_project
+from torch.nn.attention.varlen import varlen_attn
 
 import train
 from prepare import ARENA
@@ -40,23 +43,108 @@ def trained_a_little() -> train.GPT:
 # Attention and documents
 
 
-def test_offsets_and_mask_see_the_same_documents() -> None:
-    """The GPU's offsets and the CPU's mask are two forms of one thing."""
-    x = some_tokens()
+@pytest.mark.parametrize("most", [16, 3])
+def test_offsets_and_mask_see_the_same_documents(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's offsets and the CPU's mask are two forms of one thing, also where a row has more documents than are
+    told apart."""
+    monkeypatch.setattr(train, "MAX_DOCUMENTS", most)
+    x = torch.cat([some_tokens(), torch.full((1, train.T), BOS)])
     offsets = train.document_offsets(x)
     assert offsets[0] == 0 and offsets[-1] == x.numel() and (offsets.diff() >= 0).all()
     document = torch.searchsorted(offsets, torch.arange(x.numel(), dtype=torch.int32), right=True).view(x.shape)
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
     expected = (document[:, :, None] == document[:, None, :]) & causal
     assert (train.document_mask(x, train.T)[:, 0] == expected).all()
-    assert len(offsets) == len(train.document_offsets(some_tokens(3) * 0)) == 3 * (train.T // 32) + 1
+    assert [len(row.unique()) for row in document] == [2, min(4, most), 1, most]
+    assert len(offsets) == len(train.document_offsets(some_tokens(4) * 0)) == 4 * most + 1
 
 
-def test_offsets_of_a_row_with_more_documents_than_slots() -> None:
-    x = torch.full((2, train.T), BOS)
-    offsets = train.document_offsets(x)
-    assert (offsets.diff() >= 0).all() and offsets[-1] == x.numel()
-    assert train.T in offsets.tolist() and offsets.diff().max() <= train.T
+def varlen_by_loops(q, k, v, starts, _, longest, __, window_size):  # type: ignore[no-untyped-def]
+    """What torch's varlen_attn promises, one sequence after the other: (tokens, HEADS, HEAD_DIM) in and out."""
+    outs = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        q1, k1, v1 = (t[start:end].transpose(0, 1) for t in (q, k, v))
+        mask = (back >= 0) & (back <= window_size[0])
+        outs.append(F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def test_the_way_to_the_gpus_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients by way of offsets are those of the dense mask, by the very check that a GPU is put to."""
+    monkeypatch.setattr(train, "ATTENTION", "varlen")
+    monkeypatch.setattr(train, "varlen_attn", varlen_by_loops, raising=False)
+    for window in (1, 64, train.T):
+        assert max(gpu_checks.attention_errors(some_tokens(), window)) < 1e-5
+
+
+def test_the_real_kernels_take_and_give_these_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own operator, on tensors without content."""
+    monkeypatch.setattr(train, "ATTENTION", "varlen")
+    monkeypatch.setattr(train, "varlen_attn", varlen_attn, raising=False)
+    q, k, v = (torch.empty(3, train.T, 2, 64, device="meta", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    out = train.attend(q, k, v, train.document_offsets(some_tokens()).to("meta"), window=64)
+    assert out.shape == q.shape
+    out.backward(torch.empty_like(q))
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+def plain_rotate(x: torch.Tensor, base: float) -> torch.Tensor:
+    """RoFormer's rotation (arXiv 2104.09864, equation 34), on halves instead of neighbours."""
+    a, b = x.chunk(2, dim=-1)
+    angles = torch.arange(x.size(1))[:, None] / base ** (torch.arange(0, x.size(-1), 2) / x.size(-1))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def plain_loss(model: train.GPT, x: torch.Tensor, y: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """The model written down the long way, in the precision of its weights."""
+    h = start = train.norm(F.embedding(x, model.embed))
+    values = F.embedding(x, model.values).view(*x.shape, len(model.valued), 1, train.WIDTH)
+    extras = torch.cat((values, found.view(*x.shape, *model.tables.shape)), dim=3)
+    for i, (attention, mlp) in enumerate(zip(model.attentions, model.mlps, strict=True)):
+        h = model.residual[i] * h + model.skip[i] * start
+        normed = train.norm(h)
+        q, k, v = (normed @ part.T for part in attention.qkv)
+        q, k, v = (t.view(*x.shape, train.HEADS, train.HEAD_DIM) for t in (q, k, v))
+        if i in model.valued:
+            gate = 2 * torch.sigmoid(normed[..., : train.GATE_CHANNELS] @ attention.gate.T)
+            sources = extras[:, :, model.valued.index(i)].view(*x.shape, -1, train.HEADS, train.HEAD_DIM)
+            v = v + (gate.view(*x.shape, -1, train.HEADS, 1) * sources).sum(2)
+        q, k = (train.QK_SCALE * train.norm(plain_rotate(t, train.ROPE_BASE)) for t in (q, k))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / train.HEAD_DIM**0.5
+        hidden = ~train.document_mask(x, attention.window)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        h = h + torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2) @ attention.out.T
+        h = h + F.relu(train.norm(h) @ mlp.up.T - train.MLP_SHIFT).square() @ mlp.down.T
+    logits = train.SOFTCAP * torch.tanh(train.norm(h) @ model.head.T / train.SOFTCAP_KNEE)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_model_is_the_one_on_paper(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient of a step, short windows and whole rows, beside the same written without any skill."""
+    monkeypatch.setattr(train, "DOCUMENT_MASK", masked)
+    monkeypatch.setattr(train, "DEPTH", 3)
+    model, x = train.GPT(), some_tokens()
+    y = x.roll(-1, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    assert len(set(model.windows)) == 2 and len(model.valued) == 2
+    found = F.embedding(model.tables.find(x), model.tables.weight).requires_grad_()
+    expected = plain_loss(model, x, y, found)
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads["tables"] = found.grad.view(-1)  # type: ignore[union-attr]
+    model.drop_grads()
+    recorder = Recorder(model)
+    assert train.train_step(model, [recorder], x, y, micro_rows=3).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert recorder.grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        most = 1e-6 + 1e-5 * grad.abs().max()  # a scalar's gradient is a sum of all tokens
+        assert (recorder.grads[name].view_as(grad) - grad).abs().max() < most, name
+        assert grad.abs().max() > 1e-5, name  # so that this can fail
 
 
 def test_without_the_document_mask_a_row_is_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +292,8 @@ class Recorder:
         self.model = model
 
     def step(self) -> None:
-        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        self.grads = found | {"tables": self.model.tables.grad}
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.grads, self.found = grads | {"tables": self.model.tables.grad}, self.model.tables.found
 
 
 def test_micro_batches_make_the_same_step() -> None:
@@ -215,12 +303,19 @@ def test_micro_batches_make_the_same_step() -> None:
     for micro_rows in (4, 1, 3):
         recorder = Recorder(model)
         loss = train.train_step(model, [recorder], x, x, micro_rows)
-        assert torch.equal(model.tables.found, model.tables.find(x))
+        assert torch.equal(recorder.found, model.tables.find(x))
         steps.append(recorder.grads | {"loss": loss})
     assert len(steps[0]) == len(list(model.parameters())) + 1
     for other in steps[1:]:
         for name, grad in steps[0].items():
             assert (grad - other[name]).abs().max() < 1e-4 * grad.abs().max(), name
+
+
+def test_nothing_of_a_step_is_kept_into_the_next() -> None:
+    """What the first step of a warm-up takes is what every later one takes."""
+    model = trained_a_little()
+    assert model.tables.found is None and model.tables.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # Before the clock starts
@@ -243,9 +338,9 @@ def out_of_memory_above(rows: int) -> Callable[..., torch.Tensor]:
 
     def short(model, optimizers, x, y, micro_rows):  # type: ignore[no-untyped-def]
         if micro_rows > rows:
-            model.head.grad = torch.full_like(model.head, torch.nan)
+            model.head.grad = model.tables.grad = torch.full_like(model.head, torch.nan)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        assert all(parameter.grad is None for parameter in model.parameters())
+        assert model.tables.grad is None and all(parameter.grad is None for parameter in model.parameters())
         return step(model, optimizers, x, y, micro_rows)
 
     return short
@@ -277,7 +372,9 @@ def test_a_row_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         ("BATCH", 1000, "BATCH is 1000, and must be a multiple of 256, the tokens in a row"),
         ("MICRO_BATCH", 100, "MICRO_BATCH is 100, and must be a multiple of 256, the tokens in a row"),
         ("MICRO_BATCH", 3 * 256, "MICRO_BATCH is 768, and must be a divisor of 4096, the BATCH"),
-        ("HEAD_DIM", 33, "HEAD_DIM is 33, and must be a multiple of 8, which attention kernels need"),
+        ("HEAD_DIM", 33, "HEAD_DIM is 33, and must be a multiple of 8 up to 256, which attention kernels need"),
+        ("HEAD_DIM", 264, "HEAD_DIM is 264, and must be a multiple of 8 up to 256, which attention kernels need"),
+        ("MAX_DOCUMENTS", 0, "MAX_DOCUMENTS is 0, and must be a whole number, at least 1"),
         ("DEPTH", 0, "DEPTH is 0, and must be a whole number, at least 1"),
         ("DEPTH", 2.0, "DEPTH is 2.0, and must be a whole number, at least 1"),
         ("DEPTH", "2", "DEPTH is '2', and must be a whole number, at least 1"),
@@ -316,6 +413,22 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         train.refuse_machine()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     train.refuse_machine()
+
+
+@pytest.mark.parametrize(
+    ("release", "segments"),
+    [("6.8.0-45-generic", "expandable_segments:True"), ("5.15.167.4-microsoft-standard-WSL2", "None")],
+)
+def test_the_allocator_under_wsl(release: str, segments: str) -> None:
+    code = f"""
+import os
+os.uname = lambda: os.uname_result(("Linux", "box", {release!r}, "#1", "x86_64"))
+import train
+print(os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == segments
 
 
 def test_no_gpu_at_all() -> None:

@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -586,11 +587,27 @@ class Clock:
 
 CLOCK = Clock()
 
-# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets; the first name found in the GPU's name counts.
+# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets and white papers, by the driver's full name of a
+# GPU: an L4 is no L40, and neither a laptop's chip nor a slice of a card (MIG) is the card. The GB10 is left out, for
+# which NVIDIA gives no such figure.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.5, "H200": 989.5, "B200": 2250.0, "A100": 312.0,
-    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
+    "B300 SXM6 AC": 2250.0, "B200": 2250.0, "GB200": 2500.0, "GB300": 2500.0,
+    "GH200 480GB": 989.5, "GH200 144G HBM3e": 989.5, "H200": 989.5, "H200 NVL": 835.5, "H100 80GB HBM3": 989.5,
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H800": 989.5, "H20": 148.0,
+    "A100-SXM4-40GB": 312.0, "A100-SXM4-80GB": 312.0, "A100-PCIE-40GB": 312.0, "A100 80GB PCIe": 312.0,
+    "A800-SXM4-80GB": 312.0, "A800 80GB PCIe": 312.0, "A30": 165.0, "A40": 149.7, "A10": 125.0,
+    "L40S": 362.0, "L40": 181.0, "L4": 121.0,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8, "RTX 6000 Ada Generation": 364.2, "RTX A6000": 154.8,
+    "GeForce RTX 5090": 209.5, "GeForce RTX 5080": 112.6, "GeForce RTX 5070 Ti": 87.9, "GeForce RTX 5070": 61.7,
+    "GeForce RTX 4090": 165.2, "GeForce RTX 4090 D": 147.1, "GeForce RTX 4080": 97.5, "GeForce RTX 4070": 58.3,
+    "GeForce RTX 4060": 30.2,
+    "GeForce RTX 3090": 71.0, "GeForce RTX 3080": 59.5, "GeForce RTX 3070": 40.6, "GeForce RTX 3060": 25.5,
 }
+
+
+def peak_tflops(gpu: str) -> float | None:
+    """What a GPU of that name can do at best; None for one that is not known."""
+    return PEAK_TFLOPS.get(gpu.removeprefix("NVIDIA "))
 
 
 class TrainLoader:
@@ -636,8 +653,7 @@ class TrainLoader:
 
     def mfu_percent(self, flops_per_token: float) -> str:
         """Model FLOPs utilization so far, `n/a` where the GPU's peak is unknown."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return f"{100 * flops_per_token * self.tokens / self.elapsed() / (peak * 1e12):.2f}" if peak else "n/a"
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -851,12 +867,34 @@ def process_age() -> float:
 
 @torch.no_grad()
 def export(model: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
-    """Write graph and weights of `model(x)` for x of this shape; SystemExit when torch.export cannot."""
+    """Write graph and weights of `model(x)` for x of this shape; SystemExit when torch.export cannot.
+
+    torch.export.save would hold a copy of the weights while it writes them, which are gigabytes: so it gets the graph
+    alone, with empty tensors in their places.
+    """
     model = getattr(model, "_orig_mod", model)      # what torch.compile wrapped
     try:
-        torch.export.save(torch.export.export(model, (x,)), path)
+        program, graph = torch.export.export(model, (x,)), io.BytesIO()
+        weights = dict(program.state_dict)
+        program.state_dict.update({name: hollow(tensor) for name, tensor in weights.items()})
+        torch.export.save(program, graph)
+        torch.save({"graph": graph.getvalue(), "weights": weights}, path)
     except Exception as error:
         fail(f"the model cannot be exported, which the referee needs (torch.export): {brief(error)}")
+
+
+def hollow(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor or parameter of the same kind that holds nothing."""
+    empty = torch.empty(0, dtype=tensor.dtype)
+    return torch.nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def load_exported(path: Path) -> torch.export.ExportedProgram:
+    """What `export` wrote, the weights mapped from the file into memory as they are needed."""
+    parts = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    program = torch.export.load(io.BytesIO(parts["graph"]))
+    program.state_dict.update(parts["weights"])
+    return program
 
 
 def brief(error: Exception) -> str:
@@ -872,7 +910,7 @@ def judge(path: Path) -> None:
     torch.set_float32_matmul_precision("high")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"   # a pickle would be a program
     try:
-        program = torch.export.load(path)
+        program = load_exported(path)
     except Exception as error:
         fail(f"the exported model cannot be loaded: {brief(error)}")
     for node in program.graph.nodes:

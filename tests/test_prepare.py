@@ -390,6 +390,61 @@ def test_finish_prints_what_the_driver_reads(quick: prepare.Arena, capsys: pytes
     assert "note:             mine" in out
 
 
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA B300 SXM6 AC", 2250.0),
+        ("A100-SXM4-80GB", 312.0),  # as older drivers name it
+        ("NVIDIA A100-PCIE-40GB", 312.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", 147.1),
+        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3060 Ti", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+        ("NVIDIA GB10", None),
+        ("GRID A100D-10C", None),
+        ("Some future card", None),
+    ],
+)
+def test_a_gpu_has_its_own_peak_or_none(gpu: str, peak: float | None) -> None:
+    """Each name as the driver gives it; never the peak of another card."""
+    assert prepare.peak_tflops(gpu) == peak
+
+
+EXPORT = """
+import sys, torch, prepare
+from pathlib import Path
+model = torch.nn.Embedding(2**20, 96)   # 384 MiB
+x = torch.zeros(1, 8, dtype=torch.int64)
+prepare.export(torch.nn.Embedding(8, 8), x, Path(sys.argv[1]))      # imports what exporting needs
+peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) // 1024
+before = peak()
+prepare.export(model, x, Path(sys.argv[1]))
+print(peak() - before)
+loaded = prepare.load_exported(Path(sys.argv[1])).module()
+assert torch.equal(loaded(x), model(x)) and [name for name, _ in loaded.named_parameters()] == ["weight"]
+"""
+
+
+def test_exporting_copies_no_weights(tmp_path: Path) -> None:
+    """A model of gigabytes must not need as many again to be written down."""
+    command = [sys.executable, "-c", EXPORT, tmp_path / "model.pt2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100 and (tmp_path / "model.pt2").stat().st_size > 384 * 2**20
+
+
 def test_finish_before_the_budget_is_spent(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loader = TrainLoader(2, "cpu")
     next(loader)

@@ -63,20 +63,30 @@ class Payload:
         return os.mkdir, (os.environ["PAYLOAD"],)
 
 
-def test_a_pickle_in_the_model_is_not_run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.export.load unpickles whatever stands in the place of the weights."""
+@pytest.mark.parametrize("place", ["the weights", "the graph"])
+def test_a_pickle_in_the_model_is_not_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """torch.load unpickles the file, and torch.export.load whatever stands in the graph's place for weights."""
     model = tmp_path / "model.pt2"
     tokens = torch.zeros(ARENA.eval_rows, ARENA.sequence_len, dtype=torch.int64)
     prepare.export(torch.nn.Embedding(ARENA.vocab_size, ARENA.vocab_size), tokens, model)
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "it-ran"))
-    weights = io.BytesIO()
-    torch.save({"weight": Payload()}, weights)
-    with zipfile.ZipFile(model, "a") as archive:
-        archive.writestr("model/data/weights/model.pt", weights.getvalue())
+    parts = torch.load(model, weights_only=True)
+    if place == "the weights":
+        parts["weights"] = {"weight": Payload()}
+    else:
+        graph, weights = io.BytesIO(parts["graph"]), io.BytesIO()
+        torch.save({"weight": Payload()}, weights)
+        with zipfile.ZipFile(graph, "a") as archive:
+            archive.writestr(f"{archive.namelist()[0].split('/')[0]}/data/weights/model.pt", weights.getvalue())
+        parts["graph"] = graph.getvalue()
+    torch.save(parts, model)
     command = [sys.executable, ROOT / "prepare.py", "--judge", model]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not (tmp_path / "it-ran").exists()
     assert done.stderr.splitlines()[-1].startswith("error: the exported model cannot be loaded: UnpicklingError: ")
     with suppress(Exception):
-        torch.export.load(model)
+        parts = torch.load(model, weights_only=False)
+        torch.export.load(io.BytesIO(parts["graph"]))
     assert (tmp_path / "it-ran").exists()  # so that this test can fail

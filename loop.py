@@ -34,7 +34,7 @@ from autoresearch.git import GitError, Repo, size_of
 from autoresearch.ledger import PROGRAMS, Ledger
 from autoresearch.options import parse, whole
 from autoresearch.presets import PRESETS, Agent
-from autoresearch.process import STOPS, sweep, uninterrupted
+from autoresearch.process import STOPS, clock, sweep, uninterrupted
 from autoresearch.records import (
     EDITABLE,
     TIE,
@@ -58,16 +58,11 @@ from autoresearch.referee import review
 from autoresearch.trial import Track, check_syntax, prepare_arena, run_training
 
 ROOT = Path(__file__).resolve().parent
-MODEL = "model.pt2"  # in an experiment's folder
+MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in an experiment's folder
 MAX_PROGRAM = 1_000_000  # bytes of train.py
 REPAIRS = 2  # of one idea that crashed
 STALLS = 5  # agent calls in a row that brought nothing, before there is a pause
 BACKOFF, MAX_BACKOFF = 60.0, 1800.0  # seconds to wait for what may pass by itself, doubled each time
-
-
-def clock() -> float:
-    """Seconds that nobody can set, and that pass while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass
@@ -282,7 +277,8 @@ def train(lab: Lab, base: str, commit: str, folder: Path, idea: str) -> Outcome:
     lab.show(records.Training(ledger.next_number, idea))
     model, log = folder / MODEL, folder / "run.log"
     bar = math.inf if ledger.incumbent_bpb is None else ledger.incumbent_bpb + TIE
-    ended = run_training(lab.track, bar=bar, model=model, log=log)
+    with gpu.observed(lab.machine, folder / CLOCKS):
+        ended = run_training(lab.track, bar=bar, model=model, log=log)
     tree = ledger.worktree()  # once more: the program may have broken it
     altered = [path for path, _ in tree.altered(commit)]
     tree.reset(ledger.branch, commit)  # what the program left there was not the agent's doing
@@ -330,6 +326,7 @@ def settle(
             added=added, removed=removed, repairs=repairs, incumbent=ledger.incumbent_bpb, changes=changes,
             source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
+            **(gpu.read_observed(folder / CLOCKS) if isinstance(outcome, Finished) else {}),
         )  # fmt: skip
         final = ledger.record(recorded, base, commit)
     lab.budget.done += recorded.number > 0

@@ -21,6 +21,11 @@ def open_checkout(root: Path) -> Repo:
     try:
         checkout = Repo.at(root)
     except GitError as error:
+        if "safe.directory" in error.err:
+            cure = f"`git config --global --add safe.directory {root}`"
+            raise UserError(
+                f"{root} belongs to another user, and git wants your word that you trust it: {cure}"
+            ) from None
         commit = "git -c user.name=me -c user.email=me@localhost commit -m start"
         cure = f"`cd {root} && git init && git add -A && {commit}` makes it one"
         raise UserError(f"{root} is not a git repository of its own: {cure} ({one_line(error.err, 80)})") from None

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,17 +29,22 @@ ROOM = 10_000_000_000  # bytes for climbmix, its tokens, models and logs
 LOADED = 6_000_000_000  # bytes of memory that a training with its referee takes
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
-# What torch can do here, asked of torch itself: the reason it gives names a driver that is too old.
+# What torch can do here, asked of torch itself: its version, what it was built for, why an operator does not run (which
+# names a driver that is too old), and why a function does not compile, as without a C compiler for Triton.
 TORCH = """
-import json, warnings, torch
+import json, sys, warnings, torch
+facts = {"version": torch.__version__, "cuda": torch.version.cuda, "unusable": "", "uncompiled": ""}
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
+    step = "unusable"
     try:
-        torch.zeros(8, device="cuda").sum().item()
-        why = ""
+        x = torch.zeros(8, device=sys.argv[1])
+        x.sum().item()
+        step = "uncompiled"
+        torch.compile(lambda x: x.sin() + 1)(x)
     except Exception as error:
-        why = " ".join([str(error).splitlines()[0], *(str(w.message).splitlines()[0] for w in said)])
-print(json.dumps([torch.__version__, torch.version.cuda, why]))
+        facts[step] = " ".join([str(error).splitlines()[0], *(str(w.message).splitlines()[0] for w in said)])
+print(json.dumps(facts))
 """
 
 
@@ -82,9 +88,10 @@ def check_gpu(root: Path, options: Namespace) -> Iterator[Finding]:
         yield Finding("GPU", "ok", "the demo arena needs none")
         return
     checks.check_capability(machine)
-    ((memory,),) = gpu.query("--query-gpu=memory.total", machine.uuid)
-    facts = f"{machine.gpu}, driver {machine.driver}, compute capability {gpu.capability(machine)}, {memory} MB"
-    if gpu.megabytes(memory) < SMALL:
+    memory = gpu.memory(machine)
+    size = f"{memory} MB" if memory else "memory not told"
+    facts = f"{machine.gpu}, driver {machine.driver}, compute capability {gpu.capability(machine)}, {size}"
+    if memory and memory < SMALL:
         yield Finding("GPU", "warn", f"{facts}: less than {SMALL} MB; try --arena tinystories")
     else:
         yield Finding("GPU", "ok", facts)
@@ -102,19 +109,31 @@ def check_resumed(root: Path, options: Namespace, machine: Machine) -> None:
 
 
 def check_torch(root: Path, options: Namespace) -> Iterator[Finding]:
-    done = subprocess.run([sys.executable, "-c", TORCH], capture_output=True, text=True, timeout=300, check=False)
+    there = options.arena != "demo" and shutil.which("nvidia-smi")
+    yield try_torch("cuda" if there else "", isolation.NONE if options.no_isolation else isolation.find_isolation())
+
+
+def try_torch(device: str, walls: isolation.Isolation) -> Finding:
+    """Run and compile something small on a device, inside the walls of a training, nothing of it compiled before."""
+    with tempfile.TemporaryDirectory() as tmp:
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": tmp, "TRITON_CACHE_DIR": tmp}
+        done = subprocess.run(
+            [*walls.prefix, sys.executable, "-c", TORCH, device], env=walls.environment(Path(tmp)) | fresh,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
     if done.returncode:
-        yield Finding("torch", "fail", f"does not load: {one_line(done.stderr[-300:])}: `uv sync` installs it again")
-        return
-    version, cuda, why = json.loads(done.stdout.strip().rpartition("\n")[2])
-    built = f"{version}, built for {f'CUDA {cuda}' if cuda else 'the CPU alone'}"
-    if options.arena == "demo" or not why:
-        yield Finding("torch", "ok", built)
-    elif not shutil.which("nvidia-smi"):
-        yield Finding("torch", "ok", f"{built}; not tried, without a GPU")
-    else:
+        return Finding("torch", "fail", f"does not load: {one_line(done.stderr[-300:])}: `uv sync` installs it again")
+    facts = json.loads(done.stdout.strip().rpartition("\n")[2])
+    built = f"{facts['version']}, built for {'CUDA ' + facts['cuda'] if facts['cuda'] else 'the CPU alone'}"
+    if not device:
+        return Finding("torch", "ok", f"{built}; not tried, without a GPU")
+    if facts["unusable"]:
         cure = "`uv pip install torch --torch-backend=auto`, then `uv run --no-sync loop.py`"
-        yield Finding("torch", "fail", f"{built}, cannot use the GPU: {one_line(why, 300)}: {cure}")
+        return Finding("torch", "fail", f"{built}, cannot use the GPU: {one_line(facts['unusable'], 300)}: {cure}")
+    if facts["uncompiled"]:
+        cure = "`apt install gcc python3-dev` brings a C compiler and Python.h, or CC names a compiler"
+        return Finding("torch", "fail", f"{built}, cannot compile: {one_line(facts['uncompiled'], 300)}: {cure}")
+    return Finding("torch", "ok", built)
 
 
 def check_isolation(root: Path, options: Namespace) -> Iterator[Finding]:

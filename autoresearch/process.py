@@ -15,17 +15,23 @@ from pathlib import Path
 MARK = "AUTORESEARCH_RUN"  # in the environment of everything we start: how orphans of a killed driver are found
 GRACE = 5.0  # seconds that a process is given to end by itself, after each of two signals
 MAX_OUTPUT = 64_000_000  # bytes that a process may print
+PAUSE = 5.0  # seconds between two looks at a process, which take a tenth, that show that we ourselves were stopped
 MIN_FREE = 500_000_000  # bytes that it has to leave on the disk, ours to record the night with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by which a person ends the driver
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a process ended: `code` as subprocess has it (negative is a signal), None when it was killed, and why."""
+    """How a process ended: `code` as subprocess has it (negative is a signal), None when it was killed, and why.
+
+    `paused` is for how many of the seconds this process itself was stopped, as by SIGSTOP, a frozen container or a
+    suspended laptop: what went wrong meanwhile may be nobody's fault.
+    """
 
     code: int | None
     seconds: float
     why: str = ""
+    paused: float = 0.0
 
 
 class NotStarted(OSError):
@@ -51,17 +57,19 @@ def run(
     Standard error joins standard output unless `err` is given. `watch` is called ten times a second, and once after the
     end: what it returns is why to kill the process, as are `limit` in seconds, too much output and a disk that fills
     up. `politely` means after signals that let it say a last word. A command that cannot be started is a NotStarted.
+    The limit leaves out the time in which we were stopped. `PWD` is `cwd`: some programs take it for where they are.
     """
     adopt_orphans()
     others = descendants()
-    start = time.monotonic()
+    start = looked = clock()
+    paused = 0.0
     out.parent.mkdir(parents=True, exist_ok=True)  # an agent may have removed it
     with stdin.open("rb") as stdin_file, out.open("wb") as out_file, (err or out).open("ab") as err_file:
         try:
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**env, MARK: str(mark)},
+                env={**env, "PWD": str(cwd), MARK: str(mark)},
                 stdin=stdin_file,
                 stdout=out_file,
                 stderr=err_file if err else subprocess.STDOUT,
@@ -75,8 +83,10 @@ def run(
             code, why = None, ""
             while code is None and not why:
                 with suppress(subprocess.TimeoutExpired):
-                    code = process.wait(timeout=max(min(start + limit - time.monotonic(), 0.1), 0))
-                late = f"at the limit of {limit:g} s" if time.monotonic() - start >= limit else ""
+                    code = process.wait(timeout=max(min(start + paused + limit - clock(), 0.1), 0))
+                before, looked = looked, clock()
+                paused += looked - before if looked - before > PAUSE else 0.0
+                late = f"at the limit of {limit:g} s" if looked - start - paused >= limit else ""
                 why = watch() or excess(mark, out, err or out) or late
             for signum in (signal.SIGINT, signal.SIGTERM) if code is None and politely else ():
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -89,7 +99,12 @@ def run(
                 for path in {out, err or out}:
                     with suppress(OSError):  # it may have removed even those, or put something else there
                         os.truncate(path, min(path.stat().st_size, MAX_OUTPUT))
-    return Exit(code, time.monotonic() - start, "" if code is not None else why)
+    return Exit(code, clock() - start, "" if code is not None else why, paused)
+
+
+def clock() -> float:
+    """Seconds that nobody can set, and that pass while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def excess(folder: Path, *files: Path) -> str:

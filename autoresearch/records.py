@@ -36,12 +36,20 @@ class Arena:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where experiments run. All but `torch` are empty without a GPU."""
+    """Where experiments run. All but `torch` are empty without a GPU.
+
+    `uuid` names it to CUDA, `card` to nvidia-smi: the two differ for a slice of a card (MIG).
+    """
 
     gpu: str
     driver: str
     torch: str
     uuid: str = ""
+    card: str = ""
+
+    @property
+    def is_slice(self) -> bool:
+        return self.uuid != self.card
 
 
 # -----------------------------------------------------------------------------
@@ -239,6 +247,9 @@ class Experiment:
     mfu_percent: float | None = None
     gpu: str | None = None
     driver: str | None = None
+    gpu_mhz: float | None = None  # the usual clock of the run
+    gpu_watts: float | None = None
+    gpu_slowed_percent: float | None = None  # of the run, by heat or a fault in the power
     gpu_rate: float | None = None  # dollars an hour
     model: str | None = None
     calls: int | None = None
@@ -348,6 +359,9 @@ TRAILERS: tuple[tuple[str, str, type, str], ...] = (
     ("Data", "data", str, "s"),
     ("Gpu", "gpu", str, "s"),
     ("Gpu-driver", "driver", str, "s"),
+    ("Gpu-mhz", "gpu_mhz", float, ".0f"),
+    ("Gpu-watts", "gpu_watts", float, ".0f"),
+    ("Gpu-slowed-percent", "gpu_slowed_percent", float, ".0f"),
     ("Gpu-usd-per-hour", "gpu_rate", float, ".4f"),
     ("Torch", "torch", str, "s"),
     ("Program", "program", str, "s"),

@@ -91,18 +91,35 @@ def read_bytes(path: Path) -> bytes | None:
     return None
 
 
+RETRIES = 2  # of a run that failed while the driver was stopped
+
+
 def run_training(track: Track, *, bar: float, model: Path, log: Path) -> Finished | Crashed | Killed:
     """Run the tree's train.py, its output in `log`, and judge how it ended.
 
-    A run that scores `bar` or better leaves its exported model. What it claims is held against the driver's own clock
-    and count.
+    A run that scores `bar` or better leaves its exported model. One that fails while the driver itself was stopped, so
+    that clocks and limits say nothing of the program, runs again.
     """
+    for left in reversed(range(1 + RETRIES)):
+        outcome, paused = run_once(track, bar=bar, model=model, log=log)
+        if isinstance(outcome, Finished) or not (paused and left):
+            break
+    return outcome
+
+
+def run_once(track: Track, *, bar: float, model: Path, log: Path) -> tuple[Finished | Crashed | Killed, float]:
+    """One run, and the seconds of it in which the driver was stopped. The driver's own clock and count check what the
+    run claims."""
     model.unlink(missing_ok=True)
     with Witness(log, track.limit - track.arena.budget) as witness:
         ended = track.run(
             "train.py", log=log, witness=witness, AUTORESEARCH_BAR=repr(bar), AUTORESEARCH_MODEL=str(model),
             AUTORESEARCH_TICKS=str(witness.theirs),
         )  # fmt: skip
+    return judge(track, ended, witness, log), ended.paused
+
+
+def judge(track: Track, ended: process.Exit, witness: "Witness", log: Path) -> Finished | Crashed | Killed:
     end, curve = process.tail(log), read_curve(process.tail(log, MAX_LOG))
     if ended.code is None:
         if witness.diverged:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,15 +129,17 @@ class Project:
 
     def processes(self, tag: str = "t") -> list[str]:
         """Command lines of what the driver's children left running."""
+        return [Path(f"/proc/{pid}/cmdline").read_text() for pid in self.pids(tag)]
+
+    def pids(self, tag: str = "t") -> list[int]:
+        """Processes that the driver's children are or have left."""
         mark = f"AUTORESEARCH_RUN={self.root / 'runs' / tag}".encode()
-        left = []
+        found = []
         for process in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):
                 if mark in (process / "environ").read_bytes().split(b"\0"):
-                    left.append((process / "cmdline").read_text())
-            except OSError:
-                continue
-        return left
+                    found.append(int(process.name))
+        return found
 
 
 def copy_project(folder: Path) -> None:

@@ -28,6 +28,22 @@ def fake(project: Project, name: str, script: str) -> None:
         project.env["PATH"] = f"{folder}:/usr/bin:/bin"
 
 
+def test_an_agent_that_trusts_pwd(project: Project) -> None:
+    """Some take it for the directory that they are in, whatever that is; a shell would put it right."""
+    fake(project, "claude", "")
+    (project.root.parent / "fakes/claude").write_text(f"""#!{sys.executable}
+import os
+with open(os.environ["PWD"] + "/train.py", "a") as file:
+    file.write("EXTRA = 1\\n")
+print({RESULT!r})
+""")
+    mine = (project.root / "train.py").read_text()
+    project.env["PWD"] = str(project.root)
+    project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=1")
+    assert (project.root / "train.py").read_text() == mine
+    assert project.git("show", f"{project.rows()[1]['commit']}:train.py").endswith("EXTRA = 1")
+
+
 BETTER = "sed -i 's/^VAL_BPB = 1.0/VAL_BPB = 0.9/' train.py"
 RESULT = json.dumps({"type": "result", "is_error": False, "result": "Because.\n\nlower it", "total_cost_usd": 0.25})
 

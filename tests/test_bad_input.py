@@ -1,5 +1,6 @@
 """What a person can get wrong: one line that names the cure, exit code 2 or 1, and nothing done."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -78,6 +79,19 @@ def test_unwritable_cache(project: Project) -> None:
 def test_not_a_repository(project: Project) -> None:
     (project.root / ".git").rename(project.root / "git-away")
     assert "git init" in one_line(project.research("true", code=1))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_a_repository_of_another_user(project: Project) -> None:
+    """Git's own cure, and it works."""
+    subprocess.run(["chown", "-R", "nobody", project.root], check=True)
+    line = one_line(project.research("true", code=1))
+    assert "git init" not in line
+    cure = line.split("`")[1]
+    assert cure == f"git config --global --add safe.directory {project.root}"
+    subprocess.run(cure.split(), env=project.env, check=True)
+    project.research("echo 'X = 1' >> train.py; echo idea")
+    assert len(project.rows()) == 2
 
 
 def test_inside_another_repository(project: Project) -> None:

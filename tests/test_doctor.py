@@ -1,11 +1,15 @@
 """What the doctor says of a machine: each finding by really breaking that one thing."""
 
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Project, wait_for
 from test_bad_input import without_gpu
+
+from autoresearch import doctor
+from autoresearch.isolation import find_isolation
 
 GPU = "A GPU, 570.1, GPU-1"
 
@@ -17,11 +21,15 @@ def findings(project: Project, *args: str, code: int) -> dict[str, str]:
     return {line.split()[0]: " ".join(line.split()[1:]) for line in reversed(lines)}
 
 
-def fake_smi(project: Project, cap: str = "9.0", memory: str = "81559", apps: str = "") -> None:
+def fake_smi(
+    project: Project, cap: str = "9.0", memory: str = "81559", apps: str = "", gpus: str = "GPU 0: A GPU (UUID: GPU-1)"
+) -> None:
     folder = project.root.parent / "smi"
     folder.mkdir()
     (folder / "nvidia-smi").write_text(f"""#!/bin/sh
 case "$*" in
+--list-gpus) echo "{gpus}";;
+*--id=MIG*) echo "No devices were found"; exit 6;;
 *compute_cap*) echo "{cap}";;
 *memory.total*) echo "{memory}";;
 *compute-apps*) printf '{apps}';;
@@ -61,6 +69,7 @@ def test_what_is_missing(project: Project) -> None:
         ({}, "ok", "A GPU, driver 570.1, compute capability 9.0, 81559 MB"),
         ({"cap": "7.5"}, "fail", "has compute capability 7.5, and train.py needs 8"),
         ({"memory": "6144"}, "warn", "--arena tinystories"),
+        ({"memory": "[N/A]", "cap": "12.1"}, "ok", "A GPU, driver 570.1, compute capability 12.1, memory not told"),
     ],
 )
 def test_a_gpu(project: Project, smi: dict[str, str], state: str, words: str) -> None:
@@ -68,6 +77,40 @@ def test_a_gpu(project: Project, smi: dict[str, str], state: str, words: str) ->
     found = findings(project, "--arena=python", "--agent=true", code=1)  # since torch cannot use it
     assert found["GPU"].startswith(state) and words in found["GPU"]
     assert found["torch"].startswith("fail") and "uv pip install torch --torch-backend=auto" in found["torch"]
+
+
+SLICED = """GPU 0: A GPU (UUID: GPU-0)
+GPU 1: A GPU (UUID: GPU-1)
+  MIG 3g.40gb     Device  0: (UUID: MIG-a)
+  MIG 1g.10gb     Device  1: (UUID: MIG-b)"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"), [("", "A GPU MIG 3g.40gb"), ("GPU-1", "A GPU MIG 3g.40gb"), ("MIG-b", "A GPU MIG 1g.10gb")]
+)
+def test_a_slice_of_a_gpu(project: Project, visible: str, name: str) -> None:
+    """Asked about by its card, since nvidia-smi knows no other; whoever uses the other slices is not in the way."""
+    fake_smi(project, gpus=SLICED, apps="4711, python3, 5120\\n")
+    if visible:
+        project.env["CUDA_VISIBLE_DEVICES"] = visible
+    found = findings(project, "--arena=python", "--agent=true", code=1)
+    assert found["GPU"] == f"ok {name}, driver 570.1, compute capability 9.0, memory not told"
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="compiles for the CPU, which needs a C++ compiler")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_compiler(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile fails without one after all else went well. Here for the CPU, in the same walls."""
+    if not there:
+        for name in ("sh", "unshare", "setpriv", "uname"):
+            (tmp_path / name).symlink_to(str(shutil.which(name)))
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    finding = doctor.try_torch("cpu", find_isolation())
+    if there:
+        assert finding.state == "ok"
+    else:
+        assert finding.state == "fail" and "cannot compile: " in finding.said and "apt install gcc" in finding.said
 
 
 def test_an_old_gpu_is_told_before_a_download(project: Project) -> None:

@@ -52,6 +52,54 @@ def test_the_agent_is_told_that_it_brought_nothing_again(impatient: Project) -> 
     assert "(call 3 in a row that brought nothing)" in prompts[2]
 
 
+# --- pauses of the driver itself
+
+# A train.py that takes two seconds for its training, by real time, and says so.
+SLOW = """
+import time
+w, start = int(os.environ["AUTORESEARCH_TICKS"]), time.perf_counter()
+os.write(w, b"(")
+open("{marker}", "a").close()
+for _ in range(10):
+    os.write(w, b".")
+    time.sleep(0.2)
+os.write(w, b")")
+TOOK = time.perf_counter() - start
+"""
+
+
+@pytest.mark.parametrize("frozen", ["the driver", "all of it"])
+def test_a_pause_of_the_driver_blames_no_program(impatient: Project, frozen: str) -> None:
+    """Stopped for longer than a run may take: alone, so that it misses the run, or with the run, as in a container that
+    is frozen. The agent is not asked to repair anything, and the experiment gets its number."""
+    marker = impatient.root.parent / "training"
+    (impatient.root.parent / "slow.py").write_text(SLOW.format(marker=marker))
+    agent = """
+    sed -i -e 's|^os.write.*|exec(open("../../../../slow.py").read())|' \\
+        -e 's/^print("training_seconds.*/print(f"training_seconds: {TOOK:.1f}")/' train.py
+    echo a slow idea
+    """
+    driver = impatient.start(agent)
+    try:
+        wait_for(marker.exists)
+        time.sleep(0.5)
+        stopped = [driver.pid, *(impatient.pids() if frozen == "all of it" else [])]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(8)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        assert driver.wait(timeout=60) == 0
+    finally:
+        driver.kill()
+        driver.wait()
+    row = impatient.rows()[1]
+    assert (row["description"], row["val_bpb"]) == ("a slow idea", "1.000000")
+    assert experiment(impatient, 1).repairs == 0
+    assert not (impatient.root / "runs/t/0001/prompt-1.md").exists()
+    impatient.check()
+
+
 # --- limits
 
 
@@ -425,6 +473,8 @@ def fake_gpu(project: Project) -> Path:
     (folder / "nvidia-smi").write_text(f"""#!/bin/sh
 cd {folder}
 case "$*" in
+--list-gpus) echo "GPU 0: A GPU (UUID: GPU-1)";;
+*--loop*) while :; do cat clocks; sleep 0.1; done;;
 *compute-apps*)
     left=$(cat left 2> /dev/null || echo 0)
     if [ $left -gt 0 ]; then echo $((left - 1)) > left; cat apps; else echo 100 > used; fi;;
@@ -435,6 +485,7 @@ esac
     (folder / "nvidia-smi").chmod(0o755)
     (folder / "used").write_text("100")
     (folder / "apps").write_text("")
+    (folder / "clocks").write_text("")
     project.env["PATH"] = f"{folder}:{project.env['PATH']}"
     project.patch("autoresearch/gpu.py", "PATIENCE = 30.0", "PATIENCE = 0.1")
     return folder
@@ -465,6 +516,26 @@ def test_the_gpu_must_be_free_before_the_next_run(impatient: Project, apps: str,
     waiting = said.index("waiting until")
     assert words in said and said.index("0002 asking") < waiting < said.index("0002 training")
     assert len(impatient.rows()) == 4
+
+
+@pytest.mark.parametrize(
+    ("clocks", "facts"),
+    [
+        ("1755, 640.5, 0x0000000000000004\n1200, 410.5, 0x0000000000000044\n", (1477.5, 525.5, 50.0)),
+        ("2400, [N/A], [N/A]\n", (2400, None, None)),
+        ('Field "clocks_event_reasons.active" is not a valid field to query.\n', (None, None, None)),
+    ],
+)
+def test_clocks_are_recorded(project: Project, clocks: str, facts: tuple[float | None, ...]) -> None:
+    """The usual clock and power, and how much of a run heat slowed; 0x4 is the card's usual limit of power."""
+    gpu = fake_gpu(project)
+    (gpu / "clocks").write_text(clocks)
+    project.loop("--tag=t", "--arena=python", "--agent=true", "--experiments=0")
+    found = experiment(project, 0)
+    got = (found.gpu_mhz, found.gpu_watts, found.gpu_slowed_percent)
+    for value, fact in zip(got, facts, strict=True):
+        assert value == fact if fact is None else value == pytest.approx(fact, rel=0.2)
+    project.check()
 
 
 def test_two_drivers_on_one_device(project: Project, tmp_path: Path) -> None:

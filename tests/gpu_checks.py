@@ -93,14 +93,23 @@ def warm_up() -> None:
 
 def memory() -> None:
     """Where memory is short, the micro-batch is halved until it suffices, and the batch stays."""
-    # as a small card has them, a step would take less than the evaluation, which must fit
-    train.BATCH = train.MICRO_BATCH = max(train.MICRO_BATCH, 2**16)
-    micro_rows, model = train.BATCH // train.T, train.GPT()
-    assert train.warm_up(model, micro_rows) == micro_rows
-    peak = torch.cuda.max_memory_reserved()
+    model = train.GPT()
+    with torch.no_grad():
+        train.compiled(model.eval())(some_tokens(ARENA.eval_rows))
+    evaluation, train.BATCH = torch.cuda.max_memory_allocated(), train.MICRO_BATCH
+    # the evaluation must fit, and on a small card takes more than a step: so a batch that is large enough
+    while (peak := warmed_up(model)) < 1.5 * evaluation:
+        train.BATCH *= 2
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.7 * peak / torch.cuda.get_device_properties(0).total_memory)
-    assert train.warm_up(model, micro_rows) < micro_rows
+    torch.cuda.set_per_process_memory_fraction(0.75 * peak / torch.cuda.get_device_properties(0).total_memory)
+    assert train.warm_up(model, train.BATCH // train.T) < train.BATCH // train.T
+
+
+def warmed_up(model: train.GPT) -> int:
+    """Bytes that a warm-up takes at its peak, with the whole batch at once."""
+    rows = train.BATCH // train.T
+    assert train.warm_up(model, rows) == rows
+    return torch.cuda.max_memory_allocated()
 
 
 def referee() -> None:

@@ -33,6 +33,7 @@ from autoresearch.display import Display, count
 from autoresearch.git import GitError, Repo, size_of
 from autoresearch.ledger import PROGRAMS, Ledger
 from autoresearch.options import parse, whole
+from autoresearch.pace import PACE
 from autoresearch.presets import PRESETS, Agent
 from autoresearch.process import STOPS, clock, sweep, uninterrupted
 from autoresearch.records import (
@@ -62,7 +63,6 @@ MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in an experiment's folder
 MAX_PROGRAM = 1_000_000  # bytes of train.py
 REPAIRS = 2  # of one idea that crashed
 STALLS = 5  # agent calls in a row that brought nothing, before there is a pause
-BACKOFF, MAX_BACKOFF = 60.0, 1800.0  # seconds to wait for what may pass by itself, doubled each time
 
 
 @dataclass
@@ -247,7 +247,7 @@ def unusable(edit: Edit) -> Trouble | None:
 
 def pause(lab: Lab, trouble: Trouble, count: int) -> None:
     """Wait until the time that the agent named, at least longer each time, but not beyond the budget."""
-    seconds, now = min(BACKOFF * 2 ** min(count - 1, 20), MAX_BACKOFF), datetime.now().astimezone()
+    seconds, now = min(PACE.backoff * 2 ** min(count - 1, 20), PACE.max_backoff), datetime.now().astimezone()
     if isinstance(trouble, Busy) and trouble.until:
         seconds = max(seconds, (trouble.until - now).total_seconds())
     lab.show(records.Waiting(trouble.why, now + timedelta(seconds=seconds)))
@@ -418,7 +418,7 @@ def start(options: argparse.Namespace) -> int:
         reconcile(checkout, ledger, show)
         show(records.Preparing(options.arena))
         arena = prepare_arena(ledger.worktree().tree, options.arena)
-        limit = options.train_timeout or max(120.0, 2 * arena.budget)
+        limit = options.train_timeout or max(PACE.shortest_limit, 2 * arena.budget)
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
         checks.check_comparable(ledger, arena, machine, seed)

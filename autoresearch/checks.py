@@ -9,8 +9,8 @@ from pathlib import Path
 from autoresearch import gpu
 from autoresearch.git import GitError, Repo
 from autoresearch.ledger import REFS, Ledger
+from autoresearch.pace import PACE
 from autoresearch.presets import Agent
-from autoresearch.process import MIN_FREE
 from autoresearch.records import Arena, Machine, UserError, one_line
 from autoresearch.trial import check_syntax
 
@@ -60,7 +60,7 @@ def check_capability(machine: Machine) -> None:
 
 
 def check_disk(folder: Path) -> None:
-    if (free := shutil.disk_usage(folder).free) < 2 * MIN_FREE:
+    if (free := shutil.disk_usage(folder).free) < 2 * PACE.min_free:
         raise UserError(f"only {free // 1_000_000} MB are free on the disk of {folder}: make room for 1 GB at least")
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from autoresearch.pace import PACE
 from autoresearch.process import tail
 from autoresearch.records import Machine, UserError, one_line
 
 ROOM = 512  # MiB that a desktop may take, or give back, without being called a use
 ANSWER = 60.0  # seconds that nvidia-smi is given
-PATIENCE = 30.0  # seconds in which a killed process gives its memory back
 
 
 def find_machine(arena: str, number: int | None) -> Machine:
@@ -109,7 +109,7 @@ def users(machine: Machine, idle: int | None = None) -> str:
 
     `idle` is what was in use when it was known to be free.
     """
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + PACE.gpu_release
     while (said := holders(machine, idle)) and time.monotonic() < end:
         time.sleep(0.5)
     return said

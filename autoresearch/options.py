@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import NoReturn
 
+from autoresearch.pace import PACE
 from autoresearch.presets import PRESETS
 from autoresearch.records import UserError
 
@@ -68,8 +69,8 @@ def parse(argv: list[str] | None, description: str, commands: Iterable[str]) -> 
             setattr(options, name, value)
     if os.sep in options.arena:  # the same from the worktree
         options.arena = str(Path(options.arena).expanduser().resolve())
-    if options.train_timeout is not None and options.train_timeout < 120:
-        parser.error("--train-timeout must be at least 120 s")
+    if options.train_timeout is not None and options.train_timeout < PACE.shortest_limit:
+        parser.error(f"--train-timeout must be at least {PACE.shortest_limit:g} s")
     return options
 
 

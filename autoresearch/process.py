@@ -12,11 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoresearch.pace import PACE
+
 MARK = "AUTORESEARCH_RUN"  # in the environment of everything we start: how orphans of a killed driver are found
-GRACE = 5.0  # seconds that a process is given to end by itself, after each of two signals
-MAX_OUTPUT = 64_000_000  # bytes that a process may print
-PAUSE = 5.0  # seconds between two looks at a process, which take a tenth, that show that we ourselves were stopped
-MIN_FREE = 500_000_000  # bytes that it has to leave on the disk, ours to record the night with
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by which a person ends the driver
 
 
@@ -85,20 +83,20 @@ def run(
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=max(min(start + paused + limit - clock(), 0.1), 0))
                 before, looked = looked, clock()
-                paused += looked - before if looked - before > PAUSE else 0.0
+                paused += looked - before if looked - before > PACE.pause else 0.0
                 late = f"at the limit of {limit:g} s" if looked - start - paused >= limit else ""
                 why = watch() or excess(mark, out, err or out) or late
             for signum in (signal.SIGINT, signal.SIGTERM) if code is None and politely else ():
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, signum)
-                    process.wait(timeout=GRACE)
+                    process.wait(timeout=PACE.grace)
         finally:
             with uninterrupted():
                 kill_group(process)
                 sweep(mark, others)
                 for path in {out, err or out}:
                     with suppress(OSError):  # it may have removed even those, or put something else there
-                        os.truncate(path, min(path.stat().st_size, MAX_OUTPUT))
+                        os.truncate(path, min(path.stat().st_size, PACE.max_output))
     return Exit(code, clock() - start, "" if code is not None else why, paused)
 
 
@@ -109,10 +107,10 @@ def clock() -> float:
 
 def excess(folder: Path, *files: Path) -> str:
     """Why a process that prints to these files, on the disk of a folder, has to end, if it has."""
-    if any(file.exists() and file.stat().st_size > MAX_OUTPUT for file in files):
-        return f"since it printed more than {MAX_OUTPUT // 1_000_000} MB"
+    if any(file.exists() and file.stat().st_size > PACE.max_output for file in files):
+        return f"since it printed more than {PACE.max_output // 1_000_000} MB"
     with suppress(FileNotFoundError):  # it may have removed the folder too
-        if (free := shutil.disk_usage(folder).free) < MIN_FREE:
+        if (free := shutil.disk_usage(folder).free) < PACE.min_free:
             return f"since the disk was full: {free // 1_000_000} MB were left"
     return ""
 
@@ -144,7 +142,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # stuck in the kernel, as by a GPU that is gone
-        process.wait(timeout=GRACE)
+        process.wait(timeout=PACE.grace)
 
 
 def sweep(mark: Path, others: frozenset[int] | None = None) -> None:

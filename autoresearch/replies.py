@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from autoresearch.pace import PACE
 from autoresearch.process import tail
 from autoresearch.records import Busy, Failed, Hopeless, Trouble, one_line, plus
 
 SILENT = "no reason given"
 # what a reader may run into where a CLI of another version put something else
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-MAX_OUTPUT = 64_000_000  # bytes of an answer that are read at all
 Json = Any
 
 
@@ -47,7 +47,7 @@ class Output:
     def path(self, kind: str) -> Path:
         return Path(f"{self.prefix}.{kind}")
 
-    def text(self, kind: str = "out", size: int = MAX_OUTPUT) -> str:
+    def text(self, kind: str = "out", size: int = PACE.max_output) -> str:
         return tail(self.path(kind), size)
 
     def objects(self, kind: str = "out") -> list[dict[str, Json]]:

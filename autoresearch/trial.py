@@ -15,10 +15,10 @@ from pathlib import Path
 from autoresearch import process
 from autoresearch.git import remove_tree
 from autoresearch.isolation import Isolation
+from autoresearch.pace import PACE
 from autoresearch.records import Arena, Crashed, Finished, Killed, Summary, UserError, one_line
 from autoresearch.source import NO_PROGRAM, decode
 
-NO_STEP = 180.0  # seconds without a batch drawn, once they are, after which nothing will come of a run
 MANIFEST = "manifest.json"  # in the arena's folder: the hashes of all its files
 
 Stamps = dict[str, tuple[int, ...]]
@@ -172,7 +172,7 @@ class Witness:
                 for count, tick in ((self.starts, b"("), (self.drawn, b"."), (self.ends, b")"))
             )
             self.last = ticks[-1:]
-        patience = NO_STEP if self.drawn else self.startup
+        patience = PACE.quiet if self.drawn else self.startup
         if self.last != b")" and now - self.stopped > patience:
             return f"since no step was finished in {patience:g} s"
         if found := NOT_FINITE.search(process.tail(self.log, MAX_LINE)):

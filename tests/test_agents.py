@@ -211,8 +211,7 @@ def test_told_of_a_repetition(project: Project) -> None:
 
 def test_stopped_while_it_waited_for_a_network(project: Project) -> None:
     """What it said until our limit counts: an outage is waited for, and is no stall."""
-    text = (project.root / "loop.py").read_text()
-    project.write("loop.py", text.replace("BACKOFF, MAX_BACKOFF = 60.0", "BACKOFF, MAX_BACKOFF = 0.2"))
+    project.pace(backoff=0.2)
     lost = json.dumps({"type": "error", "message": "Reconnecting... waiting for network (Connection failed)"})
     again = f'[ -e {project.root}/runs/up ] && exec sh -c "{BETTER}"; touch {project.root}/runs/up'
     fake(project, "codex", f"{again}; printf '%s\\n' '{lost}'; sleep 1000")

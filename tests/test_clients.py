@@ -192,10 +192,7 @@ def test_usage_limit(project: Project, client: str, play: Play) -> None:
 )
 def test_what_passes_by_itself(project: Project, client: str, play: Play, trouble: Move) -> None:
     """A half-made edit is dropped with the call; the next call, after a while, makes the experiment."""
-    text = (project.root / "loop.py").read_text()
-    assert "BACKOFF, MAX_BACKOFF = 60.0" in text
-    project.write("loop.py", text.replace("BACKOFF, MAX_BACKOFF = 60.0", "BACKOFF, MAX_BACKOFF = 0.2"))
-
+    project.pace(backoff=0.2)
     calls = []
 
     def script(prompt: str, turn: int) -> Move:

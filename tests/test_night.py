@@ -161,7 +161,7 @@ def test_dollars_that_nobody_counts(project: Project) -> None:
     ],
 )
 def test_a_doomed_run_is_cut_short(impatient: Project, head: str, reason: str, repairs: int) -> None:
-    impatient.patch("autoresearch/trial.py", "NO_STEP = 180.0", "NO_STEP = 1.0")
+    impatient.pace(quiet=1.0)
     (impatient.root.parent / "head.py").write_text(head + "\n")
     mend = """echo "N = '$(date +%N)'" >> train.py; echo mended"""
     impatient.research(f"if [ $AUTORESEARCH_ATTEMPT = 0 ]; then {TRAIN}; else {mend}; fi")
@@ -268,7 +268,7 @@ def test_a_clock_that_jumps(impatient: Project, tmp_path: Path, seconds: int) ->
 
 def on_a_small_disk(project: Project, agent: str, meanwhile: str) -> str:
     """Run five experiments on a disk of 100 MB while a script happens to it; the project is what that leaves."""
-    project.patch("autoresearch/process.py", "MIN_FREE = 500_000_000", "MIN_FREE = 20_000_000")
+    project.pace(min_free=20_000_000)
     folder = project.root.parent
     script = f"""
         mkdir {folder}/disk; mount -t tmpfs -o size=100m none {folder}/disk || exit 99
@@ -487,7 +487,7 @@ esac
     (folder / "apps").write_text("")
     (folder / "clocks").write_text("")
     project.env["PATH"] = f"{folder}:{project.env['PATH']}"
-    project.patch("autoresearch/gpu.py", "PATIENCE = 30.0", "PATIENCE = 0.1")
+    project.pace(gpu_release=0.1)
     return folder
 
 

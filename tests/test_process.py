@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autoresearch import process
+from autoresearch.pace import Pace
 
 
 def run(tmp_path: Path, script: str, limit: float = 20.0, politely: bool = False) -> tuple[process.Exit, str]:
@@ -47,7 +48,7 @@ def test_a_last_word(tmp_path: Path) -> None:
 
 
 def test_one_that_will_not_hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "GRACE", 0.3)
+    monkeypatch.setattr(process, "PACE", Pace(grace=0.3))
     before = process.descendants()
     ended, _ = run(tmp_path, "trap '' INT TERM; while :; do sleep 0.1; done", 0.5, politely=True)
     assert ended.code is None and not process.descendants(before)

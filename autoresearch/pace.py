@@ -1,0 +1,23 @@
+"""How long the driver waits and how much it allows, in one place; a test shortens it by AUTORESEARCH_PACE, as JSON."""
+
+import json
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds and bytes."""
+
+    backoff: float = 60.0  # before the next try at something that may pass by itself, doubled each time
+    max_backoff: float = 1800.0
+    shortest_limit: float = 120.0  # of a run, unless twice its budget is more
+    quiet: float = 180.0  # without a batch drawn, once the first is, after which nothing will come of a run
+    grace: float = 5.0  # for a process to end by itself, after each of two signals
+    pause: float = 5.0  # between two looks at a process that show that the driver itself was stopped; usually 0.1
+    gpu_release: float = 30.0  # for the GPU to take back the memory of a killed process
+    max_output: int = 64_000_000  # that a process may print
+    min_free: int = 500_000_000  # that it leaves on the disk, for the driver to write the record to
+
+
+PACE = Pace(**json.loads(os.environ.get("AUTORESEARCH_PACE", "{}")))

@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from autoresearch.git import GitError, Repo
-from autoresearch.process import uninterrupted
-from autoresearch.records import Event, Experiment, Mended, UserError, message, parse_message
+from autoresearch.process import sweep, uninterrupted
+from autoresearch.records import Dropped, Event, Experiment, Mended, UserError, message, parse_message
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
 LOCK = "lock"  # in a run's folder
@@ -154,6 +154,24 @@ class Ledger:
         self.history.append(entry)
         append(self.table, row(*entry))
         return final
+
+    def reconcile(self) -> None:
+        """Make processes, branch, worktree and results.tsv agree with the refs. This is how a run resumes."""
+        sweep(self.folder)
+        self.reload()
+        tip = self.checkout.resolve(f"refs/heads/{self.branch}")
+        commits = {commit for commit, _ in self.history}
+        expected = tip is None or self.checkout.contains(self.base, tip) or tip in commits
+        if not expected and not self.in_flight.exists():
+            raise UserError(
+                f"the branch {self.branch} has commits that are no experiments: keep them with "
+                f"`git branch mine {tip}`, then `git update-ref -d refs/heads/{self.branch}`"
+            )
+        self.stand()
+        if tip and not expected:
+            self.show(Dropped(tip))
+        self.in_flight.unlink(missing_ok=True)
+        self.rebuild()
 
     def rebuild(self) -> None:
         """Make results.tsv what the refs of all tags say. Lines that are not from there are put aside, not lost."""

@@ -17,9 +17,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from autoresearch import report
+from autoresearch.cli import Parser, natural_number
 from autoresearch.git import Repo
 from autoresearch.ledger import read_history
-from autoresearch.options import Parser, whole
 from autoresearch.records import Experiment, message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ FLAGS = (
 
 def main() -> None:
     parser = Parser(description="Time the report of a long night.")
-    parser.add_argument("--experiments", type=whole, default=1000, help="default: 1000")
+    parser.add_argument("--experiments", type=natural_number, default=1000, help="default: 1000")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -67,7 +67,8 @@ class Project:
     env: dict[str, str]
 
     def command(self, *args: str) -> list[str]:
-        return [sys.executable, "loop.py", *args, "--no-report"]  # which takes two seconds
+        runs = not args or args[0].startswith("-") or args[0] in ("run", "doctor")
+        return [sys.executable, "loop.py", *args, *(["--no-report"] if runs else [])]  # which takes two seconds
 
     def loop(self, *args: str, code: int = 0, timeout: float = 250) -> str:
         """Run loop.py to its end and return what it printed; the exit code must be the expected one."""

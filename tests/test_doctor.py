@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT, Project, wait_for
 from test_bad_input import without_gpu
 
-from autoresearch import doctor
+from autoresearch import checks
 from autoresearch.isolation import find_isolation
+from autoresearch.records import UserError
 
 GPU = "A GPU, 570.1, GPU-1"
 
@@ -43,7 +44,7 @@ esac
 
 def test_all_is_well_for_the_demo(project: Project) -> None:
     found = findings(project, "--demo", code=0)
-    assert set(found) == {"git", "GPU", "torch", "isolation", "disk", "memory", "data", "agent"}
+    assert list(found) == ["git", "agent", "login", "GPU", "run", "torch", "isolation", "disk", "memory", "data"][::-1]
     assert all(said.startswith(("ok", "warn")) for said in found.values())
     assert "the run would be demo" in found["git"] and not (project.root / "runs").exists()
 
@@ -106,11 +107,11 @@ def test_a_compiler(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             (tmp_path / name).symlink_to(str(shutil.which(name)))
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
-    finding = doctor.try_torch("cpu", find_isolation())
     if there:
-        assert finding.state == "ok"
+        assert "built for" in checks.try_torch("cpu", find_isolation())
     else:
-        assert finding.state == "fail" and "cannot compile: " in finding.said and "apt install gcc" in finding.said
+        with pytest.raises(UserError, match=r"cannot compile: .*apt install gcc"):
+            checks.try_torch("cpu", find_isolation())
 
 
 def test_an_old_gpu_is_told_before_a_download(project: Project) -> None:
@@ -121,6 +122,7 @@ def test_an_old_gpu_is_told_before_a_download(project: Project) -> None:
 
 def test_a_gpu_in_use(project: Project) -> None:
     fake_smi(project, apps="4711, python3, 5120\\n")
+    project.pace(gpu_release=0.1)
     said = project.loop("doctor", "--arena=python", "--agent=true", code=1)
     assert "in use by process 4711 (python3," in " ".join(said.split())
 
@@ -145,7 +147,7 @@ def test_what_another_driver_holds(project: Project) -> None:
         found = findings(project, "--demo", code=1)
         assert "fail the CPU is taken by process" in found["GPU"] and "run t" in found["GPU"]
         found = findings(project, "--demo", "--tag=t", code=1)
-        assert "fail t is run by process" in found["git"]
+        assert "fail the run t is taken by process" in found["git"]
     finally:
         driver.terminate()
         driver.wait()
@@ -154,7 +156,7 @@ def test_what_another_driver_holds(project: Project) -> None:
 def test_a_run_that_would_not_go_on(project: Project) -> None:
     project.research("echo 'X = 1' >> train.py")
     project.env["AUTORESEARCH_SEED"] = "7"
-    assert "t ran with seed 42, and this is 7" in findings(project, "--demo", "--tag=t", code=1)["GPU"]
+    assert "t ran with seed 42, and this is 7" in findings(project, "--demo", "--tag=t", code=1)["run"]
 
 
 def test_an_unknown_arena_and_a_broken_manifest(project: Project) -> None:

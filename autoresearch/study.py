@@ -1,0 +1,60 @@
+"""A study: one tag, and everything that its experiments have in common."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autoresearch.display import count
+from autoresearch.git import Repo
+from autoresearch.ledger import Ledger
+from autoresearch.presets import Agent
+from autoresearch.process import clock
+from autoresearch.records import Event, Machine
+from autoresearch.report import Refresher
+from autoresearch.trial import Track
+
+
+@dataclass
+class Limits:
+    """What this call of the driver may use, and what it has used."""
+
+    experiments: float = math.inf
+    hours: float = math.inf
+    dollars: float = math.inf
+    gpu_rate: float = 0.0  # dollars an hour, from the start to the end
+    done: int = 0  # experiments, the baseline not counted
+    paid: float = 0.0  # dollars, for the agent
+    start: float = field(default_factory=clock)
+
+    @property
+    def hours_spent(self) -> float:
+        return (clock() - self.start) / 3600
+
+    @property
+    def dollars_spent(self) -> float:
+        return self.paid + self.gpu_rate * self.hours_spent
+
+    def reached(self) -> str | None:
+        """Which limit is reached, if any; asked before each experiment, and while the driver waits."""
+        if self.done >= self.experiments:
+            return f"{count(self.done)} done"
+        if self.hours_spent >= self.hours:
+            return f"{self.hours:g} hours are over"
+        over = self.dollars_spent >= self.dollars
+        return f"${self.dollars_spent:.2f} of ${self.dollars:g} are spent" if over else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where experiments run, with what, by which agent, under which limits."""
+
+    checkout: Repo  # the person's; read, never written
+    ledger: Ledger
+    track: Track
+    machine: Machine
+    idle: int  # MiB of the GPU's memory that are in use when no run of ours is
+    agent: Agent
+    agent_limit: float
+    limits: Limits
+    show: Callable[[Event], None]
+    report: Refresher | None

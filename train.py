@@ -542,7 +542,8 @@ def train_step(model, optimizers, x, y, micro_rows):
         h = compiled(model.hidden)(tokens, ngrams)
         loss = HeadLoss.apply(h.flatten(0, 1), model.head, targets.flatten()) * (len(tokens) / len(x))
         loss.backward()
-        total, grads = total + loss.detach(), [*grads, ngrams.grad]
+        total += loss.detach()
+        grads.append(ngrams.grad if NGRAMS else ngrams.detach())    # without n-grams empty, and of no part in the loss
     tables.grad = grads[0] if len(grads) == 1 else torch.cat(grads)
     for optimizer in optimizers:
         optimizer.step()

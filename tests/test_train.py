@@ -311,6 +311,28 @@ def test_micro_batches_make_the_same_step() -> None:
             assert (grad - other[name]).abs().max() < 1e-4 * grad.abs().max(), name
 
 
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"NGRAMS": (), "DEPTH": 1},
+        {"NGRAMS": (3,), "DEPTH": 3},
+        {"DOCUMENT_MASK": False, "WINDOWS": "L"},
+        {"MAX_DOCUMENTS": 1, "HEADS": 1, "SHORT_WINDOW": 0.0},
+    ],
+)
+def test_constants_that_leave_something_out(constants: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole steps, in one part and in several, and the evaluation."""
+    for name, value in constants.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "WIDTH", train.HEADS * train.HEAD_DIM)
+    model, x = train.GPT(), some_tokens(4)
+    optimizers = train.make_optimizers(model)
+    losses = [train.train_step(model, optimizers, x, x.roll(-1, 1), micro_rows).item() for micro_rows in (4, 1)]
+    assert losses[1] < losses[0] == pytest.approx(math.log(train.V), abs=0.1)
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+
+
 def test_nothing_of_a_step_is_kept_into_the_next() -> None:
     """What the first step of a warm-up takes is what every later one takes."""
     model = trained_a_little()

@@ -875,10 +875,11 @@ def export(model: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
     model = getattr(model, "_orig_mod", model)      # what torch.compile wrapped
     try:
         program, graph = torch.export.export(model, (x,)), io.BytesIO()
-        weights = dict(program.state_dict)
-        program.state_dict.update({name: hollow(tensor) for name, tensor in weights.items()})
+        # detached, since torch.save writes what a program hung on a parameter, which may be no tensor
+        weights = {name: tensor.detach() for name, tensor in program.state_dict.items()}
+        program.state_dict.update({name: hollow(tensor) for name, tensor in program.state_dict.items()})
         torch.export.save(program, graph)
-        torch.save({"graph": graph.getvalue(), "weights": weights}, path)
+        torch.save({"graph": torch.frombuffer(graph.getbuffer(), dtype=torch.uint8), "weights": weights}, path)
     except Exception as error:
         fail(f"the model cannot be exported, which the referee needs (torch.export): {brief(error)}")
 
@@ -892,8 +893,10 @@ def hollow(tensor: torch.Tensor) -> torch.Tensor:
 def load_exported(path: Path) -> torch.export.ExportedProgram:
     """What `export` wrote, the weights mapped from the file into memory as they are needed."""
     parts = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    program = torch.export.load(io.BytesIO(parts["graph"]))
-    program.state_dict.update(parts["weights"])
+    program = torch.export.load(io.BytesIO(parts["graph"].numpy()))
+    for name, tensor in parts["weights"].items():
+        parameter = isinstance(program.state_dict[name], torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     return program
 
 

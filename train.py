@@ -193,7 +193,7 @@ def rotary():
 
 def rotate(x, cos, sin):
     """Turn the pairs of channels i and i + HEAD_DIM / 2 of x (B, T, HEADS, HEAD_DIM) by the angles of their token."""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)     # a copy less than to cut x in two and join the halves
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)     # one copy fewer than chunk and cat
     return (x * cos + swapped * sin).to(x.dtype)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def check_gpu(setup: Setup) -> str:
         raise UserError(f"{machine.gpu} has {why}: take another GPU with --gpu N, or try --demo")
     if others := gpu.users(machine):
         raise UserError(f"{others}: stop that first, or take another GPU with --gpu N")
-    size = f"{memory} MB" if memory else "memory not told"
+    size = f"{memory} MB" if memory else "memory not reported"
     facts = f"{machine.gpu}, driver {machine.driver}, compute capability {capability}, {size}"
     if memory and memory < SMALL:
         return Warn(f"{facts}: less than {SMALL} MB; try --arena tinystories")
@@ -251,7 +252,7 @@ print(json.dumps(facts))
 
 
 def try_torch(device: str, walls: isolation.Isolation) -> str:
-    """Run and compile something small on a device, inside the walls of a training, nothing of it compiled before.
+    """Run and compile something small on a device, isolated like a training, with empty compile caches.
     UserError for what does not work; without a device, torch's version alone."""
     with tempfile.TemporaryDirectory() as tmp:
         fresh = {"TORCHINDUCTOR_CACHE_DIR": tmp, "TRITON_CACHE_DIR": tmp}
@@ -283,7 +284,7 @@ def open_checkout(root: Path) -> Repo:
         checkout = Repo.at(root)
     except GitError as error:
         if "safe.directory" in error.err:
-            trust = f"`git config --global --add safe.directory {root}`"
+            trust = f"`git config --global --add safe.directory {shlex.quote(str(root))}`"
             raise UserError(f"{root} belongs to another user, and git works there once you trust it: {trust}") from None
         commit = "git -c user.name=me -c user.email=me@localhost commit -m start"
         cure = f"`cd {root} && git init && git add -A && {commit}` makes it one"

@@ -49,7 +49,11 @@ def find_machine(arena: str, number: int | None) -> Machine:
 def find_slices() -> dict[str, tuple[str, str]]:
     """For the UUID of each slice (MIG) on this machine, the UUID of its card, and what it is, say `MIG 1g.10gb`."""
     slices, card = {}, ""
-    for line in ask("--list-gpus").splitlines():
+    try:
+        listed = ask("--list-gpus").splitlines()
+    except OSError:  # one card of many that does not answer is enough for that
+        return {}
+    for line in listed:
         if found := re.match(r"\s*(GPU|MIG \S+) .*\(UUID: (\S+)\)", line):
             if found[1] == "GPU":
                 card = found[2]
@@ -90,7 +94,10 @@ def memory(machine: Machine) -> int | None:
     """MiB of the GPU's memory; None for a slice, whose card alone is told, and where it is the CPU's own (GB10)."""
     if machine.is_slice:
         return None
-    return megabytes(query("--query-gpu=memory.total", machine.card)[0][0]) or None
+    try:
+        return megabytes(query("--query-gpu=memory.total", machine.card)[0][0]) or None
+    except (OSError, IndexError):
+        return None
 
 
 def used(machine: Machine) -> int:
@@ -135,18 +142,20 @@ def holders(machine: Machine, idle: int | None) -> str:
 
 EVERY = 10  # seconds between two readings
 SLOWED = 0x08 | 0x20 | 0x40 | 0x80  # of NVML's reasons: hardware, software by heat, hardware by heat, power brake
+NUMBER = re.compile(r"0x[0-9a-fA-F]{16}|\d{1,9}(\.\d+)?")
 
 
 @contextmanager
 def observed(machine: Machine, log: Path) -> Iterator[None]:
     """Have nvidia-smi write the GPU's clock in MHz, its power in watts and NVML's reasons for a lower clock into a log,
-    as long as the block runs. What cannot be had is not there."""
+    as long as the block runs. Missing readings are left out."""
     if not machine.gpu:
         yield
         return
     what = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
     command = ["nvidia-smi", f"--id={machine.card}", what, "--format=csv,noheader,nounits", f"--loop={EVERY}"]
-    with log.open("wb") as out:
+    log.unlink(missing_ok=True)
+    with log.open("xb") as out:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig=KILL", *command] if shutil.which("setpriv") else command,
             stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -171,9 +180,6 @@ def read_observed(log: Path) -> dict[str, Any]:
 
 
 def numbers(rows: list[list[str]], column: int) -> list[float]:
-    """The numbers of a column, decimal or as `0x...`; what is none, such as `[N/A]`, is left out."""
+    """The numbers of a column, decimal or as `0x...`; anything else, such as `[N/A]`, is left out."""
     cells = [row[column].strip() for row in rows if len(row) == 3]
     return [float(int(c, 16)) if c.startswith("0x") else float(c) for c in cells if NUMBER.fullmatch(c)]
-
-
-NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}|\d{1,9}(\.\d+)?")

@@ -70,7 +70,7 @@ def test_what_is_missing(project: Project) -> None:
         ({}, "ok", "A GPU, driver 570.1, compute capability 9.0, 81559 MB"),
         ({"cap": "7.5"}, "fail", "has compute capability 7.5, and train.py needs 8"),
         ({"memory": "6144"}, "warn", "--arena tinystories"),
-        ({"memory": "[N/A]", "cap": "12.1"}, "ok", "A GPU, driver 570.1, compute capability 12.1, memory not told"),
+        ({"memory": "[N/A]", "cap": "12.1"}, "ok", "A GPU, driver 570.1, compute capability 12.1, memory not reported"),
     ],
 )
 def test_a_gpu(project: Project, smi: dict[str, str], state: str, words: str) -> None:
@@ -95,7 +95,7 @@ def test_a_slice_of_a_gpu(project: Project, visible: str, name: str) -> None:
     if visible:
         project.env["CUDA_VISIBLE_DEVICES"] = visible
     found = findings(project, "--arena=python", "--agent=true", code=1)
-    assert found["GPU"] == f"ok {name}, driver 570.1, compute capability 9.0, memory not told"
+    assert found["GPU"] == f"ok {name}, driver 570.1, compute capability 9.0, memory not reported"
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="compiles for the CPU, which needs a C++ compiler")

@@ -76,11 +76,11 @@ def test_a_pickle_in_the_model_is_not_run(
     if place == "the weights":
         parts["weights"] = {"weight": Payload()}
     else:
-        graph, weights = io.BytesIO(parts["graph"]), io.BytesIO()
+        graph, weights = io.BytesIO(parts["graph"].numpy()), io.BytesIO()
         torch.save({"weight": Payload()}, weights)
         with zipfile.ZipFile(graph, "a") as archive:
             archive.writestr(f"{archive.namelist()[0].split('/')[0]}/data/weights/model.pt", weights.getvalue())
-        parts["graph"] = graph.getvalue()
+        parts["graph"] = torch.frombuffer(graph.getbuffer(), dtype=torch.uint8)
     torch.save(parts, model)
     command = [sys.executable, ROOT / "prepare.py", "--judge", model]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -88,5 +88,5 @@ def test_a_pickle_in_the_model_is_not_run(
     assert done.stderr.splitlines()[-1].startswith("error: the exported model cannot be loaded: UnpicklingError: ")
     with suppress(Exception):
         parts = torch.load(model, weights_only=False)
-        torch.export.load(io.BytesIO(parts["graph"]))
+        torch.export.load(io.BytesIO(parts["graph"].numpy()))
     assert (tmp_path / "it-ran").exists()  # so that this test can fail

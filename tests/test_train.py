@@ -123,7 +123,7 @@ def plain_loss(model: train.GPT, x: torch.Tensor, y: torch.Tensor, found: torch.
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_model_is_the_one_on_paper(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and every gradient of a step, short windows and whole rows, beside the same written without any skill."""
+    """Loss and every gradient of a step, short windows and whole rows, beside the same written naively."""
     monkeypatch.setattr(train, "DOCUMENT_MASK", masked)
     monkeypatch.setattr(train, "DEPTH", 3)
     model, x = train.GPT(), some_tokens()

@@ -139,6 +139,8 @@ def settle_options(options: argparse.Namespace) -> checks.Setup:
 def run(options: argparse.Namespace, research: Research) -> int:
     """Start or resume a run and stay with it until a limit is reached; returns the exit code."""
     setup = settle_options(options)
+    # from here on the GPU costs
+    limits = Limits(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
     show = Display(options.tag, ROOT / "runs" / options.tag, options.plain)
     checks.require(setup)
     ledger, machine = setup.ledger, setup.machine
@@ -164,8 +166,7 @@ def run(options: argparse.Namespace, research: Research) -> int:
                 setup.checkout, ledger, machine=machine, idle=gpu.used(machine), agent=setup.agent,
                 track=Track(ledger.worktree().tree, arena, setup.seed, limit, setup.walls, mark=ledger.folder),
                 agent_limit=options.agent_timeout,
-                limits=Limits(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour),
-                show=show, report=None if options.no_report else report.Refresher(ROOT, options.tag),
+                limits=limits, show=show, report=None if options.no_report else report.Refresher(ROOT, options.tag),
             ),
             research,
         )  # fmt: skip

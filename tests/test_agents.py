@@ -19,10 +19,10 @@ def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
 
 
 def fake(project: Project, name: str, script: str) -> None:
-    """Put a program of that name first on the project's PATH."""
+    """Put a program of that name first on the project's PATH; it is logged in."""
     folder = project.root.parent / "fakes"
     folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).write_text(f'#!/bin/sh\ncase "$*" in *status) exit 0;; esac\n{script}\n')
     (folder / name).chmod(0o755)
     if str(folder) not in project.env["PATH"]:
         project.env["PATH"] = f"{folder}:/usr/bin:/bin"
@@ -32,7 +32,9 @@ def test_an_agent_that_trusts_pwd(project: Project) -> None:
     """Some take it for the directory that they are in, whatever that is; a shell would put it right."""
     fake(project, "claude", "")
     (project.root.parent / "fakes/claude").write_text(f"""#!{sys.executable}
-import os
+import os, sys
+if sys.argv[-1] == "status":
+    sys.exit()
 with open(os.environ["PWD"] + "/train.py", "a") as file:
     file.write("EXTRA = 1\\n")
 print({RESULT!r})

@@ -8,28 +8,26 @@ Research, overnight, by itself: an agent edits train.py, git commits, five minut
     uv run loop.py doctor               what a run here would need, and what of it is missing
     uv run loop.py prompt               what the agent is told
 
-The whole idea is in this file: `research` asks for experiments, `attempt` makes one, `settle` records it, `decide`
-judges it. Everything that happened is in git; kill this at any instant and start it again, and nothing is lost.
+The whole idea is in this file: `research` asks for experiments, `attempt` makes one, `decide` judges it, `settle`
+records it. Everything that happened is in git; kill this at any instant and start it again, and nothing is lost.
 """
 
-import math
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from autoresearch import checks, cli, gpu, prompt, records, source
+from autoresearch import checks, cli, prompt, records, source
 from autoresearch.agents import AgentCall, ask, spent_on
-from autoresearch.git import size_of
-from autoresearch.ledger import PROGRAMS
-from autoresearch.pace import PACE
-from autoresearch.process import clock, uninterrupted
+from autoresearch.files import tail
+from autoresearch.jobs import LOG, Job, gpu
+from autoresearch.jobs.job import MODEL, read_outcome
+from autoresearch.pace import PACE, clock
 from autoresearch.records import (
     EDITABLE,
-    TIE,
     Busy,
     Crashed,
     Edit,
@@ -45,13 +43,11 @@ from autoresearch.records import (
     Usage,
     UserError,
 )
-from autoresearch.referee import review
 from autoresearch.study import Study
-from autoresearch.trial import check_syntax, run_training
+from autoresearch.task import check_syntax, is_better
 
-MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in an experiment's folder
-MAX_PROGRAM = 1_000_000  # bytes of train.py
 REPAIRS = 2  # of one idea that crashed
+AGAIN = 2  # times that a run is repeated for no fault of its program
 STALLS = 5  # agent calls in a row that brought nothing, before there is a pause
 
 
@@ -100,97 +96,86 @@ def step(study: Study, told: str, afresh: bool) -> Trouble | None:
 
 
 def baseline(study: Study) -> None:
-    """Train what the user committed, as an empty commit: the first incumbent."""
-    with experiment(study) as (base, folder):
-        commit = study.ledger.worktree().commit("baseline\n", base)
-        outcome = train(study, base, commit, folder, "baseline")
-        if not isinstance(outcome, Finished):
-            why, log = records.reason(outcome), folder / "run.log"
-            raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
-        settle(study, base, commit, outcome, Reply("baseline", "", Usage(0.0)), 0, folder, program(study, base))
+    """Train what the person committed, as an empty commit: the first incumbent."""
+    ledger, folder, text = study.ledger, new_folder(study), read_program(study)
+    commit = study.checkout.commit_tree("baseline\n", f"{ledger.base}^{{tree}}", ledger.base)
+    outcome = train(study, ledger.base, commit, folder, "baseline")
+    if not isinstance(outcome, Finished):
+        why, log = records.reason(outcome), folder / "run.log"
+        raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
+    program = study.checkout.show(commit, EDITABLE)
+    settle(study, text, Edit(Reply("baseline", "", Usage(0.0)), (), program, commit), outcome, repairs=0)
 
 
 def attempt(study: Study, told: str) -> Trouble | None:
     """One experiment: an idea, its run, at most two repairs, the verdict. Returns why there was none."""
-    with experiment(study) as (base, folder):
-        taste = program(study, base)
-        edit = propose(study, base, base, folder, prompt.brief(taste, study.ledger.experiments, told), turn=0)
-        if edit.repeats and isinstance(unusable(edit), Failed):
-            told = prompt.repeated(edit.repeats)
-            study.show(records.Repeated(study.ledger.next_number, edit.repeats))
-            edit = propose(study, base, base, folder, prompt.brief(taste, study.ledger.experiments, told), turn=0)
-        if trouble := unusable(edit):
-            return trouble
-        idea, repairs, pauses = edit.reply, 0, 0
-        outcome = run(study, base, edit, folder, subject(idea))
-        while isinstance(outcome, Crashed) and repairs < REPAIRS:
-            request = prompt.repair(taste, study.ledger.next_number, subject(idea), outcome)
-            mend = propose(study, base, edit.commit, folder, request, turn=repairs + 1, crash=outcome.reason)
-            trouble = unusable(mend)
-            if isinstance(trouble, Busy) and not study.limits.reached():
-                pauses += 1
-                pause(study, trouble, pauses)
-            elif trouble:
-                break
-            else:
-                edit, repairs = mend, repairs + 1
-                outcome = run(study, base, edit, folder, subject(idea))
-        settle(study, base, edit.commit, outcome, idea, repairs, folder, taste)
+    ledger, folder = study.ledger, new_folder(study)
+    base, program = ledger.base, read_program(study)
+    request = prompt.brief(program, ledger.experiments, told)
+    edit = propose(study, base, base, folder, request, turn=0)
+    if edit.duplicate_of and isinstance(unusable(edit), Failed):
+        study.show(records.Repeated(ledger.next_number, edit.duplicate_of))
+        request = prompt.brief(program, ledger.experiments, prompt.repeated(edit.duplicate_of))
+        edit = propose(study, base, base, folder, request, turn=0)
+    if trouble := unusable(edit):
+        return trouble
+    idea, repairs, pauses = edit.reply, 0, 0
+    outcome = run(study, base, edit, folder, subject(idea))
+    while isinstance(outcome, Crashed) and repairs < REPAIRS:
+        request = prompt.repair(program, ledger.next_number, subject(idea), outcome)
+        mend = propose(study, base, edit.commit, folder, request, turn=repairs + 1, crash=outcome.reason)
+        trouble = unusable(mend)
+        if isinstance(trouble, Busy) and not study.limits.reached():
+            pauses += 1
+            pause(study, trouble, pauses)
+        elif trouble:
+            break
+        else:
+            edit, repairs = mend, repairs + 1
+            outcome = run(study, base, edit, folder, subject(idea))
+    settle(study, program, replace(edit, reply=idea), outcome, repairs)
     return None
 
 
-@contextmanager
-def experiment(study: Study) -> Iterator[tuple[str, Path]]:
-    """Yield the commit that the next experiment starts from, with the worktree clean on it, and a folder of its own.
-
-    Afterwards, come what may, the tree stands on the incumbent: the new one, if the experiment was kept. The marker
-    tells the next start that a tip of the branch that it does not know was ours.
-    """
-    ledger = study.ledger
-    folder = ledger.folder / f"{ledger.next_number:04d}"
+def new_folder(study: Study) -> Path:
+    """The folder of the next experiment."""
+    folder = study.ledger.folder / f"{study.ledger.next_number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     checks.check_room(folder)
-    ledger.in_flight.touch()
-    ledger.stand()
-    try:
-        yield ledger.base, folder
-    finally:
-        with uninterrupted():
-            ledger.stand()
-            ledger.in_flight.unlink(missing_ok=True)
+    return folder
 
 
 def propose(study: Study, base: str, before: str, folder: Path, request: str, turn: int, crash: str = "") -> Edit:
-    """Call the agent once and see what it did to the tree since `base`, and to train.py since `before`."""
-    ledger = study.ledger
-    ledger.worktree().reset(ledger.branch, before)
+    """Call the agent once, in a tree of the commit `before`, and make what it did to train.py a commit on `base`."""
+    ledger, tree = study.ledger, study.tree
+    tree.hand_out(before)
     study.show(records.Asking(ledger.next_number, turn, crash))
     facts = {"TAG": ledger.tag, "EXPERIMENT": folder.name, "ATTEMPT": str(turn), "SEED": str(study.track.seed)}
     env = {f"AUTORESEARCH_{name}": value for name, value in facts.items()}
-    call = AgentCall(ledger.worktree().tree, base, folder, env, study.agent_limit, mark=ledger.folder)
-    reply = ask(study.agent, request, call)
+    env["GIT_CEILING_DIRECTORIES"] = str(tree.path.parent)  # or git finds the person's repository if the tree's is gone
+    reply = ask(study.agent, request, AgentCall(tree.path, base, folder, env, study.agent_limit, ledger.alive))
     study.limits.paid += reply.usage.cost_usd or 0.0
-    tree = ledger.worktree()  # once more: the agent may have broken it
-    paths = tuple(tree.changed(ledger.branch, base))
-    plain = 0 <= size_of(tree.tree / EDITABLE) <= MAX_PROGRAM
-    commit = tree.commit(subject(reply) + "\n", base, (EDITABLE,) if plain else ())
-    only = plain and not set(paths) - {EDITABLE}
-    fresh = tree.blob(commit, EDITABLE) != tree.blob(before, EDITABLE) or not only
-    known = ledger.tried.get(source.fingerprint(tree.show(commit, EDITABLE)) or "") if fresh and only else None
-    return Edit(reply, paths, commit, fresh, plain, known)
+    paths, program = tuple(tree.changed()), tree.read(EDITABLE)
+    usable = EDITABLE in paths and program is not None
+    commit = tree.commit(subject(reply) + "\n", base, EDITABLE) if usable else before
+    tree.discard()
+    if program is None:
+        return Edit(reply, paths, program, commit)
+    known = ledger.tried.get(source.fingerprint(program) or "") if usable and len(paths) == 1 else None
+    return Edit(reply, paths, program, commit, known)
 
 
 def unusable(edit: Edit) -> Trouble | None:
     """Why an edit is not worth a run. One that came with a failure is, unless the agent says that it broke off."""
     if edit.reply.cut_short and isinstance(edit.reply.trouble, Hopeless | Busy):
         return edit.reply.trouble
-    if not edit.fresh:
+    if not edit.paths:
         return edit.reply.trouble or Failed(f"no line of train.py is different: {edit.reply.description}")
-    return Failed(prompt.repeated(edit.repeats)) if edit.repeats else None
+    return Failed(prompt.repeated(edit.duplicate_of)) if edit.duplicate_of else None
 
 
 def pause(study: Study, trouble: Trouble, count: int) -> None:
-    """Wait until the time that the agent named, at least longer each time, but not beyond the budget."""
+    """Wait until the time that the agent named, at least longer each time, but not beyond a limit."""
     seconds, now = min(PACE.backoff * 2 ** min(count - 1, 20), PACE.max_backoff), datetime.now().astimezone()
     if isinstance(trouble, Busy) and trouble.until:
         seconds = max(seconds, (trouble.until - now).total_seconds())
@@ -200,43 +185,53 @@ def pause(study: Study, trouble: Trouble, count: int) -> None:
         time.sleep(min(left, 1.0))
 
 
-def run(study: Study, base: str, edit: Edit, folder: Path, idea: str) -> Outcome:
-    """Train an edit, unless it touched more than train.py."""
+def run(study: Study, base: str, edit: Edit, folder: Path, description: str) -> Outcome:
+    """Train an edit, unless it touched more than train.py or cannot be trained."""
     if foreign := tuple(path for path in edit.paths if path != EDITABLE):
         return Rejected(foreign)
-    if not edit.plain:
+    if edit.program is None:
         return Crashed("train.py was removed, is no plain file any more, or has more than 1 MB", "", 0.0)
-    return train(study, base, edit.commit, folder, idea)
+    return check_syntax(edit.program) or train(study, base, edit.commit, folder, description)
 
 
-def train(study: Study, base: str, commit: str, folder: Path, idea: str) -> Outcome:
-    """Train a commit in a tree that holds nothing else. What would be kept is scored by the referee first."""
+def train(study: Study, base: str, commit: str, folder: Path, description: str) -> Outcome:
+    """Run a commit as a job. One that is lost, or that stood still with the machine, is never the program's fault and
+    runs again."""
     ledger = study.ledger
-    tree = ledger.worktree()
-    tree.reset(ledger.branch, commit)
-    if broken := check_syntax(tree.tree / EDITABLE):
-        return broken
-    wait_for_gpu(study)
-    study.track.mend()  # what somebody did to the data since is not this program's fault
-    study.show(records.Training(ledger.next_number, idea))
-    model, log = folder / MODEL, folder / "run.log"
-    bar = math.inf if ledger.incumbent_bpb is None else ledger.incumbent_bpb + TIE
-    with gpu.observed(study.machine, folder / CLOCKS):
-        ended = run_training(study.track, bar=bar, model=model, log=log)
-    tree = ledger.worktree()  # once more: the program may have broken it
-    altered = [path for path, _ in tree.altered(commit)]
-    tree.reset(ledger.branch, commit)  # what the program left there was not the agent's doing
-    altered += [f"{study.track.arena.name}/{name}" for name in study.track.mend()]
-    if altered:
-        return Crashed(f"changed files while it ran: {', '.join(altered)}", "", ended.seconds)
-    if not isinstance(ended, Finished) or verdict(study, base, commit, ended) != "keep":
-        return ended
-    study.show(records.Refereeing(ledger.next_number, ended.summary.val_bpb))
-    return review(study.track, ended, model=model, log=folder / "referee.log")
+    added, removed = study.checkout.lines_changed(base, commit, EDITABLE)
+    spec = {
+        "kind": "run", "alive": str(ledger.alive), "git_dir": str(study.checkout.git_dir), "commit": commit,
+        "track": study.track.spec(), "card": study.machine.card, "lines": added - removed,
+        "incumbent": ledger.incumbent_bpb, "best": ledger.best.val_bpb if ledger.best else None,
+    }  # fmt: skip
+    for _ in range(1 + AGAIN):
+        wait_for_gpu(study)
+        study.show(records.Training(ledger.next_number, description))
+        found = watched(study, Job(folder, spec, os.environ))
+        if found and not found.get("void"):
+            break
+    if not found:
+        raise UserError(f"the job of a run ended without an outcome, and so did the next: see {folder / LOG}")
+    if trouble := found.get("trouble"):
+        raise UserError(trouble)
+    study.track.stamps.update(found["stamps"])
+    return read_outcome(found)
+
+
+def watched(study: Study, job: Job) -> dict[str, Any] | None:
+    """Wait for a run, and show when the referee has its turn."""
+    said = ""
+    try:
+        while not job.wait(0.2):
+            if not said and (said := tail(job.folder / LOG).partition("refereeing ")[2]):
+                study.show(records.Refereeing(study.ledger.next_number, float(said)))
+    finally:
+        job.stop()
+    return job.outcome()
 
 
 def wait_for_gpu(study: Study) -> None:
-    """Until nobody else uses the GPU, and what was killed has given its memory back."""
+    """Until nobody else uses the GPU, and it has its memory back from killed processes."""
     pauses = 0
     while others := gpu.users(study.machine, study.idle):
         if study.limits.reached():
@@ -245,34 +240,28 @@ def wait_for_gpu(study: Study) -> None:
         pause(study, Busy(others), pauses)
 
 
-def verdict(study: Study, base: str, commit: str, outcome: Outcome) -> Status:
-    added, removed = study.checkout.lines_changed(base, commit, EDITABLE)
-    best = study.ledger.best
-    return decide(outcome, added - removed, study.ledger.incumbent_bpb, best.val_bpb if best else None)
-
-
-def settle(
-    study: Study, base: str, commit: str, outcome: Outcome, idea: Reply, repairs: int, folder: Path, taste: str
-) -> None:
-    """Judge an experiment and record it for ever. Where the branch stands follows from the record."""
-    ledger, machine, arena = study.ledger, study.machine, study.track.arena
-    added, removed = study.checkout.lines_changed(base, commit, EDITABLE)
-    before, after = (study.checkout.show(name, EDITABLE) for name in (base, commit))
-    changes = source.changes(before, after)
-    program_blob = study.checkout.store(taste, PROGRAMS)
+def settle(study: Study, program: str, edit: Edit, outcome: Outcome, repairs: int) -> None:
+    """Judge an experiment and record it for good, with the program.md that it was thought of under. Where the branch
+    stands follows from the record."""
+    ledger, machine, arena, idea = study.ledger, study.machine, study.track.arena, edit.reply
+    folder, base = ledger.folder / f"{ledger.next_number:04d}", ledger.base
+    added, removed = study.checkout.lines_changed(base, edit.commit, EDITABLE)
+    after = study.checkout.show(edit.commit, EDITABLE)
+    changes = source.changes(study.checkout.show(base, EDITABLE), after)
+    best = ledger.best.val_bpb if ledger.best else None
     with ledger.writing():
         recorded = Experiment(
-            tag=ledger.tag, number=ledger.next_number, status=verdict(study, base, commit, outcome),
+            tag=ledger.tag, number=ledger.next_number,
+            status=decide(outcome, added - removed, ledger.incumbent_bpb, best),
             description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), seed=study.track.seed,
             arena=arena.name, budget=arena.budget, data=arena.data, agent=study.agent.name,
-            torch=machine.torch, gpu=machine.gpu or None, driver=machine.driver or None, program=program_blob,
-            gpu_rate=study.limits.gpu_rate or None,
+            torch=machine.torch, gpu=machine.gpu or None, driver=machine.driver or None,
+            program=ledger.store_program(program), gpu_rate=study.limits.gpu_rate or None,
             added=added, removed=removed, repairs=repairs, incumbent=ledger.incumbent_bpb, changes=changes,
             source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
-            **(gpu.read_observed(folder / CLOCKS) if isinstance(outcome, Finished) else {}),
         )  # fmt: skip
-        final = ledger.record(recorded, base, commit)
+        final = ledger.record(recorded, base, edit.commit)
     study.limits.done += recorded.number > 0
     for model in ledger.folder.glob(f"*/{MODEL}"):  # large, and only the incumbent's is worth its room
         if (model.parent.name == f"{recorded.number:04d}") != (recorded.status == "keep"):
@@ -283,20 +272,10 @@ def settle(
 
 
 def decide(outcome: Outcome, lines: int, incumbent: float | None, best_ever: float | None) -> Status:
-    """Judge an experiment by its number alone. `lines` is the net change to train.py.
-
-    Better than the incumbent by more than a tie is kept. A tie is kept only where it removes lines, and never more
-    than a tie above the best ever kept, so that a row of ties cannot drift upwards. Without an incumbent: kept.
-    """
+    """Judge an experiment by its number alone. `lines` is the net change to train.py."""
     if not isinstance(outcome, Finished):
         return "crash"
-    if incumbent is None or best_ever is None:
-        return "keep"
-    gain = round(incumbent - outcome.summary.val_bpb, 6)
-    if gain > TIE:
-        return "keep"
-    above_best = round(outcome.summary.val_bpb - best_ever, 6)
-    return "keep" if gain >= -TIE and lines < 0 and above_best <= TIE else "discard"
+    return "keep" if is_better(outcome.summary.val_bpb, lines, incumbent, best_ever) else "discard"
 
 
 def subject(reply: Reply, changes: str | None = None) -> str:
@@ -304,12 +283,12 @@ def subject(reply: Reply, changes: str | None = None) -> str:
     return records.one_line(reply.description or silent, 120)
 
 
-def program(study: Study, base: str) -> str:
-    """program.md as the user has it now, read afresh for every experiment; while an editor swaps it, as committed."""
+def read_program(study: Study) -> str:
+    """program.md as the person has it now, read afresh for every experiment; while an editor swaps it, as committed."""
     try:
         return (study.checkout.tree / "program.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return study.checkout.show(base, "program.md").decode(errors="replace")
+        return study.checkout.show(study.ledger.base, "program.md").decode(errors="replace")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-from autoresearch import process, replies
+from autoresearch import replies
+from autoresearch.files import tail
+from autoresearch.jobs import Job
+from autoresearch.jobs.keeper import Exit
 from autoresearch.presets import BUILT_IN, PRESETS, ROOT, Agent
 from autoresearch.records import Failed, Hopeless, Reply, Trouble, Usage, UserError, one_line
 from autoresearch.replies import Answer, Output, classify
@@ -92,15 +95,15 @@ def read_prices() -> dict[str, tuple[float, float, float]]:
 
 @dataclass(frozen=True)
 class AgentCall:
-    """Where one call happens: the worktree, the commit it starts from, the experiment's folder, what the environment
-    adds, a limit in seconds, and the mark of the processes."""
+    """Where one call happens: the agent's tree, the commit it starts from, the experiment's folder, what the
+    environment adds, a limit in seconds, and the lock that every living job shares."""
 
     tree: Path
     base: str
     folder: Path
     env: dict[str, str]
     limit: float
-    mark: Path
+    alive: Path
 
 
 CALLS = "calls.jsonl"  # in an experiment's folder: what each call cost, those that brought nothing included
@@ -120,13 +123,17 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     for name, text in agent.files.items():
         (call.folder / name).write_text(fill(text, words), encoding="utf-8")
     env = {**os.environ, **{name: fill(text, words) for name, text in agent.env.items()}, **call.env}
-    try:
-        ended = process.run(
-            command_of(agent, words), cwd=call.tree, env=env, limit=call.limit, mark=call.mark,
-            stdin=Path(fill(agent.stdin, words)), out=output.path("out"), err=output.path("err"), politely=True,
-        )  # fmt: skip
-    except process.NotStarted as error:
-        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {error}"))
+    spec = {
+        "kind": "call", "command": command_of(agent, words), "cwd": str(call.tree), "limit": call.limit,
+        "stdin": fill(agent.stdin, words), "out": str(output.path("out")), "err": str(output.path("err")),
+        "alive": str(call.alive),
+    }  # fmt: skip
+    found = Job(call.folder, spec, env).result()
+    if found is None:
+        return Reply("", "", Usage(0.0), Failed(f"the job of {agent.name} is lost"))
+    if "not_started" in found:
+        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {found['not_started']}"))
+    ended = Exit(**found)
     try:
         answer, unreadable = agent.read(output), ""
     except replies.UNREADABLE as error:
@@ -173,7 +180,7 @@ def usage_of(agent: Agent, answer: Answer, seconds: float) -> Usage:
     )  # fmt: skip
 
 
-def judge(agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, output: Output) -> Trouble | None:
+def judge(agent: Agent, answer: Answer, unreadable: str, ended: Exit, output: Output) -> Trouble | None:
     """What went wrong with a call: our limit first, then what its error fields say whatever the exit code, then that,
     then output that is not what the CLI promises."""
     now = datetime.now().astimezone()
@@ -196,7 +203,7 @@ def judge(agent: Agent, answer: Answer, unreadable: str, ended: process.Exit, ou
 
 def spent_on(folder: Path, base: str) -> Usage:
     """What all calls cost together that were made in an experiment's folder from a commit, also before a restart."""
-    text = process.tail(folder / CALLS, 1_000_000)
+    text = tail(folder / CALLS, 1_000_000)
     calls = [call for line in text.splitlines() if isinstance(call := replies.parse(line), dict)]
     names = {f.name for f in fields(Usage)}  # a line of another version, or torn by a kill, is left out
     mine = [call for call in calls if call.pop("base", None) == base and call.keys() == names]

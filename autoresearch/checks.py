@@ -17,14 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from autoresearch import gpu, isolation, locks
 from autoresearch.agents import find_agent
+from autoresearch.files import cache, lock_of_device, lock_owner
 from autoresearch.git import GitError, Repo, run_git
+from autoresearch.jobs import gpu, sandbox
 from autoresearch.ledger import REFS, Ledger, read_history
 from autoresearch.pace import PACE
 from autoresearch.presets import PRESETS, Agent
-from autoresearch.records import Arena, Event, Machine, UserError, one_line
-from autoresearch.trial import check_syntax
+from autoresearch.records import Arena, Machine, UserError, one_line
+from autoresearch.task import check_syntax
 
 CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
 SMALL = 8_000  # MB of GPU memory that the recipe was made for, at least
@@ -39,7 +40,6 @@ class Setup:
     root: Path
     options: argparse.Namespace
     seed: int
-    show: Callable[[Event], None] = print
 
     @cached_property
     def checkout(self) -> Repo:
@@ -47,7 +47,7 @@ class Setup:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.checkout, self.options.tag, self.show)
+        return Ledger(self.checkout, self.options.tag)
 
     @cached_property
     def agent(self) -> Agent:
@@ -58,8 +58,11 @@ class Setup:
         return gpu.find_machine(self.options.arena, self.options.gpu)
 
     @cached_property
-    def walls(self) -> isolation.Isolation:
-        return isolation.NONE if self.options.no_isolation else isolation.find_isolation()
+    def walls(self) -> sandbox.Isolation:
+        return sandbox.NONE if self.options.no_isolation else sandbox.find_isolation()
+
+
+State = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Finding:
     """One line of the table. A run cannot start with a `fail`."""
 
     what: str
-    state: Literal["ok", "warn", "fail"]
+    state: State
     said: str
 
 
@@ -76,13 +79,18 @@ class Warn(str):
 
 
 def examine(setup: Setup) -> Iterator[Finding]:
-    """Make every check, whatever becomes of the others."""
+    """Make every check, whatever becomes of the others. What two of them say is said once."""
+    heard = set[str]()
     for what, check in CHECKS.items():
+        state: State
         try:
             said = check(setup)
-            yield Finding(what, "warn" if isinstance(said, Warn) else "ok", said)
+            state = "warn" if isinstance(said, Warn) else "ok"
         except Exception as error:
-            yield Finding(what, "fail", explain(error))
+            said, state = explain(error), "fail"
+        if said not in heard:
+            yield Finding(what, state, said)
+        heard.add(said)
 
 
 def require(setup: Setup) -> None:
@@ -111,7 +119,7 @@ def check_git(setup: Setup) -> str:
     check_tag(setup.checkout, setup.options.tag)
     if setup.ledger.is_new():
         check_committed(setup.checkout)
-    if holder := locks.holder(setup.ledger.lock):
+    if holder := lock_owner(setup.ledger.lock):
         raise UserError(f"the run {setup.options.tag} is taken by {holder}: another --tag for another run")
     return f"{run_git('version').strip()}; the run would be {setup.options.tag}"
 
@@ -138,7 +146,7 @@ def check_login(setup: Setup) -> str:
 
 def check_gpu(setup: Setup) -> str:
     machine = setup.machine
-    if holder := locks.holder(locks.of_device(machine.uuid or "cpu")):
+    if holder := lock_owner(lock_of_device(machine.uuid or "cpu")):
         raise UserError(f"{machine.gpu or 'the CPU'} is taken by {holder}")
     if not machine.gpu:
         return "the demo arena needs none"
@@ -180,8 +188,8 @@ def check_isolation(setup: Setup) -> str:
 
 def check_disk(setup: Setup) -> str:
     check_room(setup.root)
-    locks.of_device("cpu")  # makes the folder of the cache, or says why not
-    folders = {folder.stat().st_dev: folder for folder in (setup.root, locks.cache())}.values()
+    lock_of_device("cpu")  # makes the folder of the cache, or says why not
+    folders = {folder.stat().st_dev: folder for folder in (setup.root, cache())}.values()
     free = {folder: shutil.disk_usage(folder).free for folder in folders}
     said = ", ".join(f"{room / 1e9:.0f} GB free at {folder}" for folder, room in free.items())
     short = setup.options.arena != "demo" and min(free.values()) < ROOM
@@ -199,7 +207,7 @@ def check_data(setup: Setup) -> str:
     """Whether the arena is there, and if not, whether it can be had; the start of a run checks its files."""
     arena: str = setup.options.arena
     known = re.findall(r'Arena\("(\w+)"', (setup.root / "prepare.py").read_text(encoding="utf-8"))
-    manifest = locks.cache() / arena / "manifest.json"
+    manifest = cache() / arena / "manifest.json"
     if os.sep in arena:
         if not Path(arena).is_dir():
             raise UserError(f"{arena}: no such folder")
@@ -251,7 +259,7 @@ print(json.dumps(facts))
 """
 
 
-def try_torch(device: str, walls: isolation.Isolation) -> str:
+def try_torch(device: str, walls: sandbox.Isolation) -> str:
     """Run and compile something small on a device, isolated like a training, with empty compile caches.
     UserError for what does not work; without a device, torch's version alone."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -332,7 +340,7 @@ def check_committed(checkout: Repo) -> None:
             raise UserError(f"{name} has changes that are not committed: `git commit` or `git stash` them first")
         if not checkout.holds("HEAD", name):
             raise UserError(f"{name} is not in the last commit: `git add {name} && git commit`")
-    if broken := check_syntax(checkout.tree / "train.py"):
+    if broken := check_syntax((checkout.tree / "train.py").read_bytes()):
         raise UserError(broken.reason)
 
 

@@ -17,16 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoresearch import checks, gpu, locks, prompt, records, report
+from autoresearch import checks, prompt, records, report
 from autoresearch.display import NOW, Display, facts, standing
+from autoresearch.files import STOPS, lock, lock_of_device, lock_owner, uninterrupted
+from autoresearch.git import AgentTree
+from autoresearch.jobs import gpu
+from autoresearch.jobs.job import Track
 from autoresearch.ledger import LOCK, REFS, read_history
 from autoresearch.pace import PACE
 from autoresearch.presets import PRESETS, ROOT
-from autoresearch.process import STOPS, sweep, uninterrupted
 from autoresearch.records import Experiment, UserError
 from autoresearch.scene import load
 from autoresearch.study import Limits, Study
-from autoresearch.trial import Track, prepare_arena
+from autoresearch.task import prepare_arena
 
 Research = Callable[[Study], str]  # runs experiments until a limit is reached, and returns which
 
@@ -35,7 +38,7 @@ Research = Callable[[Study], str]  # runs experiments until a limit is reached, 
 
 DESCRIPTION = """\
 Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training decide.
-Without a command: run. `loop.py COMMAND --help` lists the options of a command."""
+Without a command: run, whose options `loop.py run --help` lists, --demo among them."""
 DEMO = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
 
 
@@ -123,7 +126,7 @@ def settle_options(options: argparse.Namespace) -> checks.Setup:
     for name, value in (usual | DEMO if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if os.sep in options.arena:  # the same from the worktree
+    if os.sep in options.arena:  # the same from another folder
         options.arena = str(Path(options.arena).expanduser().resolve())
     if options.train_timeout is not None and options.train_timeout < PACE.shortest_limit:
         raise UserError(f"--train-timeout must be at least {PACE.shortest_limit:g} s; --help tells more", 2)
@@ -144,19 +147,20 @@ def run(options: argparse.Namespace, research: Research) -> int:
     show = Display(options.tag, ROOT / "runs" / options.tag, options.plain)
     checks.require(setup)
     ledger, machine = setup.ledger, setup.machine
-    ledger.show = show
     if options.agent is None:
         show(records.Chosen(setup.agent.name, tuple(PRESETS)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # gigabytes each
     if machine.uuid:  # by number, CUDA may mean another one than nvidia-smi does
         os.environ["CUDA_VISIBLE_DEVICES"] = machine.uuid
     with (
-        locks.hold(ledger.lock, f"the run {options.tag}", "its driver"),
-        locks.hold(locks.of_device(machine.uuid or "cpu"), machine.gpu or "the CPU", f"run {options.tag}"),
+        lock(ledger.lock, f"the run {options.tag}", "its driver"),
+        lock(lock_of_device(machine.uuid or "cpu"), machine.gpu or "the CPU", f"run {options.tag}"),
     ):
         ledger.reconcile()
         show(records.Preparing(options.arena))
-        arena = prepare_arena(ledger.worktree().tree, options.arena)
+        tree = AgentTree(setup.checkout, ledger.folder / "tree", ledger.folder / "index")
+        tree.hand_out(ledger.base)  # whose prepare.py makes the arena
+        arena = prepare_arena(tree.path, options.arena)
         limit = options.train_timeout or max(PACE.shortest_limit, 2 * arena.budget)
         if limit <= arena.budget:
             raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
@@ -164,7 +168,7 @@ def run(options: argparse.Namespace, research: Research) -> int:
         return work(
             Study(
                 setup.checkout, ledger, machine=machine, idle=gpu.used(machine), agent=setup.agent,
-                track=Track(ledger.worktree().tree, arena, setup.seed, limit, setup.walls, mark=ledger.folder),
+                tree=tree, track=Track.of(arena, setup.seed, limit, setup.walls),
                 agent_limit=options.agent_timeout,
                 limits=limits, show=show, report=None if options.no_report else report.Refresher(ROOT, options.tag),
             ),
@@ -192,7 +196,6 @@ def work(study: Study, research: Research) -> int:
         raise
     finally:
         with uninterrupted():
-            sweep(ledger.folder, frozenset())
             study.show(records.Stopped(ended, study.limits.done, ledger.best, study.limits.dollars_spent))
         if study.report and ledger.history:
             study.report.finish()
@@ -206,7 +209,7 @@ def work(study: Study, research: Research) -> int:
 def status(options: argparse.Namespace, research: Research) -> int:
     tag, history = past(options.tag)
     folder = folder_of(tag)
-    scene, holder = load(folder / NOW, tag, [e for _, e in history]), locks.holder(folder / LOCK)
+    scene, holder = load(folder / NOW, tag, [e for _, e in history]), lock_owner(folder / LOCK)
     if options.json:
         print(json.dumps(facts(scene, folder, holder), indent=1))
     else:
@@ -256,7 +259,7 @@ def past(tag: str | None) -> tuple[str, list[tuple[str, Experiment]]]:
     if not active:
         others = sorted({e.tag for _, e in read_history(checkout)})
         there = f"; there are {', '.join(others)}" if others else ""
-        raise UserError(f"no experiments yet under {REFS}/{tag or ''}{there}")
+        raise UserError(f"no experiments yet under {REFS}/{tag or ''}{there}; `loop.py --demo` makes some")
     last = max(active, key=lambda name: active[name])
     mine = [entry for entry in history if entry[1].tag == last]
     if mine and not any(e.status == "keep" for _, e in mine):
@@ -306,7 +309,7 @@ def main(research: Research, argv: list[str] | None = None) -> int:
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """Leave by the same door as Ctrl-C: training stopped, tree put back. A second signal must not break into that."""
+    """Leave by the same door as Ctrl-C: the running job stopped. A second signal must not break into that."""
     for other in STOPS:
         signal.signal(other, lambda *_: None)
     raise KeyboardInterrupt

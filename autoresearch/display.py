@@ -20,14 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from autoresearch import scene as scenes
-from autoresearch.process import uninterrupted
+from autoresearch.files import uninterrupted
 from autoresearch.records import (
     Asking,
     Chosen,
-    Dropped,
     Event,
     Experiment,
-    Mended,
     Preparing,
     Refereeing,
     Repeated,
@@ -40,7 +38,7 @@ from autoresearch.records import (
     one_line,
 )
 from autoresearch.scene import Figures, Phase, Scene, figures, fold, running_best
-from autoresearch.trial import Progress
+from autoresearch.task import Progress
 
 STYLES = {"keep": "bold green", "discard": "dim", "crash": "red"}
 LAST = 10  # experiments listed
@@ -73,7 +71,7 @@ class Display:
             style = STYLES[event.experiment.status] if isinstance(event, Settled) else ""
             self.console.print(said, style=style)
         else:
-            if isinstance(event, Mended | Dropped | Stalled | Repeated):
+            if isinstance(event, Stalled | Repeated):
                 self.notes = [*self.notes[-99:], said]
             self.live.refresh()
 
@@ -293,10 +291,6 @@ def line(event: Event) -> str:
             return f"{number:04d} the same program as experiment {earlier.number}; asking once more"
         case Waiting(why, until):
             return f"waiting until {until.astimezone():%H:%M:%S of %d %b}: {one_line(why, 500)}"
-        case Dropped(commit):
-            return f"put away what was unfinished: {commit[:10]}"
-        case Mended(what):
-            return f"mended: {what}"
         case Stopped(reason, experiments, best, dollars):
             score = f"; best {best.val_bpb:.6f}, experiment {best.number}: {best.description}" if best else ""
             spent = f"; ${dollars:.2f} spent" if dollars else ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import dataclass
 
 
@@ -21,3 +22,8 @@ class Pace:
 
 
 PACE = Pace(**json.loads(os.environ.get("AUTORESEARCH_PACE", "{}")))
+
+
+def clock() -> float:
+    """Seconds that nobody can set, and that pass while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -160,7 +160,7 @@ PRESETS = {agent.name: agent for agent in (
     ),
 )}  # fmt: skip
 BUILT_IN = {
-    # -P: the worktree, which is its working directory, is not where its code comes from
+    # -P: the tree, which is its working directory, is not where its code comes from
     "random": Agent(
         "random",
         (sys.executable, "-P", "-m", "autoresearch.random_agent"),

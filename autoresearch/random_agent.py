@@ -1,6 +1,6 @@
 """The built-in offline agent: random search over the constants at the top of train.py.
 
-    python -m autoresearch.random_agent     in a worktree; edits ./train.py
+    python -m autoresearch.random_agent     in a working tree; edits ./train.py
 
 It knows nothing of training. A constant takes part when its comment starts with a range, `# [0.1, 2.0] ...`; one or
 two of them move by a step within it, and a program that was tried before is not tried again. It is the control arm: a

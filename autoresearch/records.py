@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -83,6 +83,7 @@ class Finished:
     curve: str = ""
     sealed_bpb: float | None = None
     referee_seconds: float | None = None
+    gpu: dict[str, float] = field(default_factory=dict)  # its clock and power, where they are known
 
 
 @dataclass(frozen=True)
@@ -189,16 +190,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Edit:
-    """What one agent call did to the tree: every path that now differs from the incumbent, and a commit of the
-    incumbent with train.py as it now is. `fresh` says whether that differs from what was there before the call,
-    `plain` whether train.py is still a file and no link, `repeats` which experiment trained the same program before."""
+    """What one agent call did to the tree: every path that it changed, train.py as it is now (None where that is no
+    plain file), a commit of the incumbent with that, and which experiment trained the same program before."""
 
     reply: Reply
     paths: tuple[str, ...]
+    program: bytes | None
     commit: str
-    fresh: bool
-    plain: bool
-    repeats: "Experiment | None" = None
+    duplicate_of: "Experiment | None" = None
 
 
 # -----------------------------------------------------------------------------
@@ -291,8 +290,9 @@ def costs_of(usage: Usage) -> dict[str, Any]:
 def facts_of(outcome: Outcome) -> dict[str, Any]:
     """What the record takes from a run: from the harness, never from the agent's words."""
     match outcome:
-        case Finished(summary, seconds, curve, sealed_bpb, referee_seconds):
+        case Finished(summary, seconds, curve, sealed_bpb, referee_seconds, gpu):
             return {
+                **gpu,
                 "curve": curve or None, "sealed_bpb": sealed_bpb, "referee_seconds": referee_seconds,
                 "val_bpb": summary.val_bpb, "val_bpb_upstream": summary.val_bpb_upstream, "run_seconds": seconds,
                 "memory_gb": summary.peak_vram_mb / 1024, "training_seconds": summary.training_seconds,
@@ -471,20 +471,6 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """Something unfinished was put away; its commit can still be found by its hash."""
-
-    commit: str
-
-
-@dataclass(frozen=True)
-class Mended:
-    """Something of git's that was lost, damaged or in the way, and what became of it."""
-
-    what: str
-
-
-@dataclass(frozen=True)
 class Stopped:
     reason: str
     experiments: int  # of this call
@@ -493,6 +479,5 @@ class Stopped:
 
 
 Event = (
-    Chosen | Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting | Dropped
-    | Mended | Stopped
+    Chosen | Preparing | Started | Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting | Stopped
 )  # fmt: skip

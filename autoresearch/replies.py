@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from autoresearch.files import tail
 from autoresearch.pace import PACE
-from autoresearch.process import tail
 from autoresearch.records import Busy, Failed, Hopeless, Trouble, one_line, plus
 
 SILENT = "no reason given"

@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import StatisticsError, correlation, median, quantiles
 from typing import Any
 
-from autoresearch import process, prompt
+from autoresearch import prompt
 from autoresearch.display import duration, money
+from autoresearch.files import tail
 from autoresearch.git import Repo
 from autoresearch.records import EDITABLE, TIE, Experiment, UserError, one_line
 from autoresearch.scene import Figures, figures
@@ -470,7 +471,7 @@ def detail(e: Experiment, commit: str, diff: str, folder: Path) -> dict[str, obj
     """What is shown of an experiment when it is opened."""
     own = folder / f"{e.number:04d}"
     known = {name: value for name, value in asdict(e).items() if value is not None and name not in SHOWN}
-    log = process.tail(own / "run.log", 2 * MAX_LOG).replace("\r", "\n")
+    log = tail(own / "run.log", 2 * MAX_LOG).replace("\r", "\n")
     return {
         "n": e.number, "commit": commit, "status": e.status, "description": e.description, "reason": e.reason,
         "crash": e.crash, "curve": e.curve, "figures": known,

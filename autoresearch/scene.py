@@ -9,10 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from autoresearch import process
+from autoresearch.files import tail
 from autoresearch.records import (
     Asking,
-    Dropped,
     Event,
     Experiment,
     Preparing,
@@ -23,7 +22,7 @@ from autoresearch.records import (
     Training,
     Waiting,
 )
-from autoresearch.trial import Progress, read_progress
+from autoresearch.task import Progress, read_progress
 
 PAUSE = 60.0  # seconds between two experiments that are no longer the driver's own work
 
@@ -78,8 +77,6 @@ def fold(scene: Scene, event: Event, now: float) -> Scene:
             return replace(scene, experiments=(*scene.experiments, experiment), phase=Phase(since=now))
         case Waiting(why, until):
             return replace(scene, phase=Phase("waiting", 0, 0, why, now, until.timestamp()))
-        case Dropped():
-            return replace(scene, phase=Phase(since=now))
         case Stopped(reason):
             return replace(scene, dollars=event.dollars, phase=Phase("stopped", 0, 0, reason, now))
     return scene
@@ -120,7 +117,7 @@ def like(pattern: object, value: Any) -> Any:
 def progress(scene: Scene, folder: Path) -> Progress | None:
     """How far the training is that runs now, by its own log, in the folder of the run."""
     log = folder / f"{scene.phase.number:04d}" / "run.log"
-    return read_progress(process.tail(log)) if scene.phase.name == "training" else None
+    return read_progress(tail(log)) if scene.phase.name == "training" else None
 
 
 # -----------------------------------------------------------------------------

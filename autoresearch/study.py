@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autoresearch.display import count
-from autoresearch.git import Repo
+from autoresearch.git import AgentTree, Repo
+from autoresearch.jobs.job import Track
 from autoresearch.ledger import Ledger
+from autoresearch.pace import clock
 from autoresearch.presets import Agent
-from autoresearch.process import clock
 from autoresearch.records import Event, Machine
 from autoresearch.report import Refresher
-from autoresearch.trial import Track
 
 
 @dataclass
@@ -48,8 +48,9 @@ class Limits:
 class Study:
     """Where experiments run, with what, by which agent, under which limits."""
 
-    checkout: Repo  # the person's; read, never written
+    checkout: Repo
     ledger: Ledger
+    tree: AgentTree
     track: Track
     machine: Machine
     idle: int  # MiB of the GPU's memory that are in use when no run of ours is

@@ -77,7 +77,7 @@ def adapter_time(name: str, calls: int) -> None:
         (tree / "train.py").write_text("A = 1\n")
         subprocess.run(["git", "init", "--quiet", str(tree)], check=True)  # Codex works in nothing else
         env = clean_environment(home) | addresses(server, home)
-        agent, call = PRESETS[name], AgentCall(tree, "base", Path(folder), {}, 100.0, Path(folder))
+        agent, call = PRESETS[name], AgentCall(tree, "base", Path(folder), {}, 100.0, Path(folder) / "alive")
         command = command_of(agent, {"glob": str(tree), "side": f"{folder}/side"})
         direct = partial(subprocess.run, command, cwd=tree, env=env | agent.env, input=b"x", capture_output=True)
         alone, adapted = [], []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from autoresearch.isolation import find_isolation
+from autoresearch.jobs.sandbox import find_isolation
 from autoresearch.records import Experiment, parse_message
 
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
@@ -128,23 +128,18 @@ class Project:
             "log", "--first-parent", "--format=%H", f"--max-count={len(kept)}", f"autoresearch/{tag}"
         ).splitlines()
         assert [commit[:10] for commit in log] == kept[::-1]
-        tree = self.root / "runs" / tag / "tree"
-        assert self.git("-C", str(tree), "status", "--porcelain", "--ignored", "--untracked-files=all") == ""
-        assert self.git("-C", str(tree), "rev-parse", "--abbrev-ref", "HEAD") == f"autoresearch/{tag}"
-        assert not (self.root / "runs" / tag / "in-flight").exists()
-        assert self.processes(tag) == []
+        assert self.processes() == []
 
-    def processes(self, tag: str = "t") -> list[str]:
-        """Command lines of what the driver's children left running."""
-        return [Path(f"/proc/{pid}/cmdline").read_text() for pid in self.pids(tag)]
+    def processes(self) -> list[str]:
+        """Command lines of what the driver's jobs left running."""
+        return [Path(f"/proc/{pid}/cmdline").read_text() for pid in self.pids()]
 
-    def pids(self, tag: str = "t") -> list[int]:
-        """Processes that the driver's children are or have left."""
-        mark = f"AUTORESEARCH_RUN={self.root / 'runs' / tag}".encode()
+    def pids(self) -> list[int]:
+        """Processes that work below this project's folder."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if mark in (process / "environ").read_bytes().split(b"\0"):
+                if (process / "cwd").readlink().is_relative_to(self.root):
                     found.append(int(process.name))
         return found
 

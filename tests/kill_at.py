@@ -1,9 +1,9 @@
 """
-Run the driver of the project in this directory, and have it kill itself right before or after one of its effects.
+Run the driver of the project in this directory, and have it kill itself right before or after a stage of an experiment.
 
-    python kill_at.py EFFECT before|after N [loop.py's arguments]      at the N-th time
+    python kill_at.py STAGE before|after EXPERIMENT [loop.py's arguments]
 
-The effects are wrapped here, in the process that is to die; the driver itself knows nothing of it.
+The stages are wrapped here, in the process that is to die; the driver itself knows nothing of it.
 """
 
 import os
@@ -16,29 +16,30 @@ sys.path.insert(0, str(Path.cwd()))
 import loop
 from autoresearch import git, ledger
 
-EFFECTS: dict[str, tuple[Any, str]] = {
-    "reset": (git.Repo, "reset"),
-    "agent": (loop, "ask"),
-    "commit": (git.Repo, "commit"),
-    "train": (loop, "run_training"),
-    "referee": (loop, "review"),
-    "amend": (git.Repo, "commit_tree"),
-    "ref": (git.Repo, "create"),
-    "row": (ledger, "append"),
+# Where a stage is found, and in which experiment it is first come to; -1 is the start
+STAGES: dict[str, tuple[Any, str, int]] = {
+    "tree": (git.AgentTree, "hand_out", 0),
+    "agent": (loop, "ask", 1),
+    "commit": (git.AgentTree, "commit", 1),
+    "run": (loop, "train", 0),
+    "verdict": (loop, "decide", 0),
+    "record": (ledger.Ledger, "record", 0),
+    "refs": (git.Repo, "update_refs", -1),
+    "row": (ledger, "append", 0),
 }
 
 
-def main(effect: str, when: str, number: str, *argv: str) -> int:
-    owner, name = EFFECTS[effect]
-    original, calls = getattr(owner, name), 0
+def main(stage: str, when: str, experiment: str, *argv: str) -> int:
+    owner, name, now = STAGES[stage]
+    original = getattr(owner, name)
 
     def wrapped(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == int(number) and when == "before":
+        nonlocal now
+        now += 1
+        if now - 1 == int(experiment) and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **options)
-        if calls == int(number):
+        if now - 1 == int(experiment):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

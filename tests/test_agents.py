@@ -15,7 +15,7 @@ from autoresearch.records import Busy, Failed, Hopeless, Reply
 
 
 def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
-    return ask(shell_command(command), "do it", AgentCall(folder, "base", folder, {}, limit, folder))
+    return ask(shell_command(command), "do it", AgentCall(folder, "base", folder, {}, limit, folder / "alive"))
 
 
 def fake(project: Project, name: str, script: str) -> None:
@@ -165,7 +165,7 @@ def test_a_time_to_retry_does_not_shorten_the_wait(tmp_path: Path) -> None:
 
 def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    trouble = ask(PRESETS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path)).trouble
+    trouble = ask(PRESETS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path / "alive")).trouble
     assert trouble == Hopeless("claude cannot be started: No such file or directory")
 
 

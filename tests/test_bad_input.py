@@ -115,9 +115,10 @@ def test_uncommitted_edit(project: Project, name: str) -> None:
 def test_a_commit_of_a_persons_on_the_branch(project: Project) -> None:
     """It is neither lost nor trained: the person is told how to keep it, and the cure works."""
     project.research("date >> notes; false", code=0)
-    tree = project.root / "runs/t/tree"
-    (tree / "train.py").write_text(QUICK_TRAIN + "# by hand\n")
-    project.git("-C", str(tree), *COMMIT)
+    project.git("switch", "--quiet", "autoresearch/t")
+    project.write("train.py", QUICK_TRAIN + "# by hand\n")
+    project.git(*COMMIT)
+    project.git("switch", "--quiet", "main")
     tip = project.git("rev-parse", "autoresearch/t")
     line = one_line(project.research("true", code=1))
     assert project.git("rev-parse", "autoresearch/t") == tip
@@ -151,8 +152,8 @@ def test_what_cannot_be_compared(project: Project, what: str) -> None:
     arena = "other" if what == "arena" else "demo"
     project.env["AUTORESEARCH_SEED"] = "7" if what == "seed" else "42"
     if what == "arena":
-        text = (project.root / "autoresearch/gpu.py").read_text()
-        project.write("autoresearch/gpu.py", text.replace('if arena == "demo":', "if True:"))
+        text = (project.root / "autoresearch/jobs/gpu.py").read_text()
+        project.write("autoresearch/jobs/gpu.py", text.replace('if arena == "demo":', "if True:"))
     said = one_line(project.loop("--tag=t", f"--arena={arena}", "--agent=true", code=1))
     assert f"t ran with {what} " in said and "take another --tag" in said
 

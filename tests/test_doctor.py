@@ -9,7 +9,7 @@ from conftest import ROOT, Project, wait_for
 from test_bad_input import without_gpu
 
 from autoresearch import checks
-from autoresearch.isolation import find_isolation
+from autoresearch.jobs.sandbox import find_isolation
 from autoresearch.records import UserError
 
 GPU = "A GPU, 570.1, GPU-1"
@@ -175,4 +175,4 @@ def test_an_unknown_arena_and_a_broken_manifest(project: Project) -> None:
 def test_a_cache_that_cannot_be_written(project: Project) -> None:
     project.env["AUTORESEARCH_CACHE"] = "/proc/nowhere"
     found = findings(project, "--demo", code=1)
-    assert "fail cannot write /proc/nowhere: " in found["disk"] and "AUTORESEARCH_CACHE moves" in found["disk"]
+    assert "fail cannot write /proc/nowhere: " in found["GPU"] and "AUTORESEARCH_CACHE moves" in found["GPU"]

@@ -12,7 +12,7 @@ FAULTS = {
     "fork": "for i in 1 2 3; do (trap '' TERM; sleep 998 & sleep 998) & done; sleep 998",
     "daemonize": "setsid sh -c 'setsid env -i sleep 998 & sleep 998' & setsid sleep 998; sleep 998",
     "flood": "yes",
-    "write into .git": "g=$(git rev-parse --git-common-dir); for f in config HEAD; do echo junk > $g/$f; done;"
+    "write into .git": "g=$(git rev-parse --git-common-dir) || exit; for f in config HEAD; do echo junk > $g/$f; done;"
     "mkdir -p $g/hooks; printf '#!/bin/sh\nexit 1' > $g/hooks/reference-transaction; chmod +x $g/hooks/*",
     "make git bare": "git config core.bare true; git config core.worktree /nowhere",
     "commit": "echo x > new; git add -A; git -c user.name=a -c user.email=a@b commit -qm mine; git tag mine",
@@ -21,7 +21,7 @@ FAULTS = {
     "delete the experiment's folder": "rm -rf ../0001 ../tmp",
     "delete the branch": "git checkout -q --detach; git branch -q -D autoresearch/t; git branch -q autoresearch/t/x",
     "take the branch's name": "git checkout -q --detach; git branch -q -D autoresearch/t; git branch -q autoresearch",
-    "break the branch": "echo junk > $(git rev-parse --git-common-dir)/refs/heads/autoresearch/t",
+    "break the branch": "echo junk > $(git rev-parse --git-common-dir || echo .)/refs/heads/autoresearch/t",
     "huge files": "truncate -s 1T prepare.py; truncate -s 1T new; truncate -s 1T train.py",
     "unreadable files": "mkdir -p a/b; touch a/b/c; chmod 000 a/b/c a/b a prepare.py; chmod 000 .",
     "deep folders": DEEP,

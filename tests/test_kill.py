@@ -25,9 +25,9 @@ def kill_when(project: Project, agent: str, ready: Path, *args: str, signum: int
 
 @pytest.mark.parametrize("stage", ["agent", "training"])
 def test_killed_in_the_middle(project: Project, tmp_path: Path, stage: str) -> None:
-    """The half-done experiment leaves a process, an edit and a commit behind; the next start clears all three."""
+    """The processes of a half-done experiment die with the driver, isolated or not, and nothing else is left of it."""
     project.research(BETTER, experiments=1)
-    before = project.rows()
+    before, branch = project.rows(), project.git("rev-parse", "autoresearch/t")
     ready = tmp_path / "ready"
     commit = "git -c user.name=a -c user.email=a@b commit -qam mine"
     nap = f"import os, time; open({str(ready)!r}, 'w'); os.fork() or os.setsid(); time.sleep(1000)"
@@ -36,10 +36,9 @@ def test_killed_in_the_middle(project: Project, tmp_path: Path, stage: str) -> N
         "training": f'sed -i "1i {nap}" train.py; echo sleepy',
     }
     assert kill_when(project, agents[stage], ready, "--no-isolation") == -signal.SIGKILL
-    assert project.processes() != []
-    tip = project.git("rev-parse", "autoresearch/t")
-    said = project.research(BETTER, experiments=1)
-    assert f"put away what was unfinished: {tip[:10]}" in said
+    wait_for(lambda: not project.processes())
+    assert project.git("rev-parse", "autoresearch/t") == branch
+    project.research(BETTER, experiments=1)
     assert project.rows()[:2] == before
     assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep"]
     project.check()
@@ -55,6 +54,23 @@ def test_an_isolated_training_dies_with_its_driver(project: Project, tmp_path: P
     assert kill_when(project, agent, ready) == -signal.SIGKILL
     wait_for(lambda: not project.processes() and subprocess.run(["pgrep", "-f", f"999.{os.getpid()}"]).returncode)
     project.research(BETTER)
+    project.check()
+
+
+def test_locks_of_a_git_that_was_killed(project: Project) -> None:
+    """On our refs, and on the indexes of the agent's tree and of a run: nothing waits for them."""
+    project.research(BETTER)
+    refs, folder = project.root / ".git/refs", project.root / "runs/t"
+    (folder / "0002").mkdir()
+    for lock in (
+        refs / "heads/autoresearch/t.lock",
+        refs / "autoresearch/t/0002.lock",
+        folder / "index.lock",
+        folder / "0002/index.lock",
+    ):
+        lock.touch()
+    project.research(BETTER)
+    assert [row["status"] for row in project.rows()] == ["keep"] * 3
     project.check()
 
 
@@ -100,28 +116,28 @@ def test_nohup(project: Project, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
-    ("effect", "number"),
+    ("stage", "experiment"),
     [
-        ("ref", 1),  # of the baseline
-        ("reset", 7),  # of the tree, for the agent
+        ("refs", -1),  # at the start, of the branch
+        ("refs", 0),
+        ("tree", 1),
         ("agent", 1),
-        ("commit", 2),
-        ("train", 2),
-        ("referee", 2),
-        ("amend", 4),
-        ("ref", 2),
-        ("row", 2),
-        ("reset", 10),  # onto the incumbent
+        ("commit", 1),
+        ("run", 1),
+        ("verdict", 1),
+        ("record", 1),
+        ("refs", 1),
+        ("row", 1),
     ],
 )
-def test_killed_at_every_effect(project: Project, effect: str, number: int, when: str) -> None:
+def test_killed_at_every_stage(project: Project, stage: str, experiment: int, when: str) -> None:
     """What has a ref is finished, and has one row; the rest has not happened, and happens when the driver is back."""
-    args = ("--tag=t", "--arena=demo", f"--agent={BETTER}", "--experiments=2")
-    command = [sys.executable, str(Path(__file__).with_name("kill_at.py")), effect, when, str(number), *args]
+    args = ("--tag=t", "--arena=demo", f"--agent={BETTER}", "--experiments=2", "--no-report")
+    command = [sys.executable, str(Path(__file__).with_name("kill_at.py")), stage, when, str(experiment), *args]
     assert subprocess.run(command, cwd=project.root, env=project.env).returncode == -signal.SIGKILL
     finished = len(project.git("for-each-ref", "refs/autoresearch/t").splitlines())
-    recorded = effect == "row" or (effect, when) == ("ref", "after") or (effect, number) == ("reset", 10)
-    assert finished == (number > 1 or effect == "agent") + recorded
+    recorded = stage == "row" or (stage in ("refs", "record") and when == "after" and experiment >= 0)
+    assert finished == max(experiment, 0) + recorded
     project.research(BETTER, experiments=2 - max(finished - 1, 0))
     kept = [(row["experiment"], row["status"], row["val_bpb"], row["description"]) for row in project.rows()]
     assert kept == [("0", "keep", "1.000000", "baseline")] + [

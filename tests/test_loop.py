@@ -156,8 +156,50 @@ def test_tricks_with_git_do_not_stop_the_next_experiment(project: Project, trick
     """
     project.research(agent, experiments=2)
     assert project.rows()[-1]["description"] == "go on"
-    assert (project.root / "runs/t/tree/prepare.py").exists()
     project.check()
+
+
+def test_nothing_that_an_agent_does_reaches_the_checkout(project: Project) -> None:
+    """Commits, branches, tags, settings, hooks, a push: of all that it leaves, its edit alone is fetched."""
+    files = ("config", "HEAD", "packed-refs", "hooks", "info")
+    before = [(project.root / ".git" / name).exists() for name in files]
+    config = (project.root / ".git/config").read_bytes()
+    agent = f"""{BETTER}
+    git -c user.name=a -c user.email=a@b commit -qam mine; git tag mine; git branch other; git config core.bare true
+    mkdir -p .git/hooks; printf '#!/bin/sh\\nexit 1' > .git/hooks/reference-transaction; chmod +x .git/hooks/*
+    git push -q origin HEAD:refs/heads/pushed; rm -rf .git; git config core.bare true; git tag lost
+    """
+    project.research(f"{agent}; echo better")
+    assert (project.root / ".git/config").read_bytes() == config
+    assert [(project.root / ".git" / name).exists() for name in files] == before
+    refs = project.git("for-each-ref", "--format=%(refname)").split()
+    assert {ref for ref in refs if not ref.startswith("refs/autoresearch")} == {
+        "refs/heads/main",
+        "refs/heads/autoresearch/t",
+    }
+    assert project.rows()[1]["val_bpb"] == "0.900000"
+    project.check()
+
+
+def test_attributes_hold(project: Project) -> None:
+    """Line ends, ident and a filter, as of LFS, which the checkout's own settings name: what the agent finds is what
+    a checkout has, and it is no change of the agent's."""
+    project.write(".gitattributes", "train.py text eol=crlf\nprogram.md ident\nprepare.py filter=mark\n")
+    project.git("config", "filter.mark.smudge", "sed '$a # smudged'")
+    project.git("config", "filter.mark.clean", "sed '/^# smudged/d'")
+    with (project.root / "program.md").open("a") as file:
+        file.write("$Id$\n")
+    project.git("add", "--all")
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "attributes")
+    look = f"cat train.py program.md prepare.py > {project.root.parent}/seen"
+    project.research(f'{look}; echo "X = 1\r" >> train.py; echo an idea')
+    seen = (project.root.parent / "seen").read_bytes()
+    assert b"EXTRA = 0\r\n" in seen and b"$Id: " in seen and seen.endswith(b"# smudged\n")
+    row = project.rows()[1]
+    assert (row["status"], row["description"], row["lines"]) == ("discard", "an idea", "1")
+    ref = "refs/autoresearch/t/0001"
+    assert project.git("diff", "--name-only", f"{ref}^", ref) == "train.py"
+    assert "\r" not in project.git("cat-file", "blob", f"{ref}:train.py")
 
 
 def test_a_run_that_hides_what_it_changes_behind_a_filter(project: Project) -> None:
@@ -165,8 +207,6 @@ def test_a_run_that_hides_what_it_changes_behind_a_filter(project: Project) -> N
     (project.root.parent / "trick.py").write_text(f"import os\nos.system({trick!r})\n")
     project.research("cat ../../../../trick.py >> train.py; echo an idea")
     assert project.rows()[1]["description"] == "an idea [changed files while it ran: prepare.py]"
-    tree = project.root / "runs/t/tree"
-    assert (tree / "prepare.py").read_bytes() == (project.root / "prepare.py").read_bytes()
     project.check()
 
 

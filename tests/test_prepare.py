@@ -19,7 +19,7 @@ from conftest import ROOT
 import prepare
 from autoresearch import text
 from autoresearch.records import UserError
-from autoresearch.trial import read_summary
+from autoresearch.task import read_summary
 from prepare import ARENA, Clock, Packer, Tokenizer, TrainLoader, cut, evaluate, finish, pack_rows, split_long
 
 TINY = prepare.Arena("tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2)

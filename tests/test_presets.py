@@ -113,7 +113,8 @@ def test_the_call(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORD", str(record))
     prompt = "Line one {tree}\n\n\"quoted\" 'and' `more` $HOME é\n" + "x" * 30_000
-    ask(find_agent(name, "provider/model-9"), prompt, AgentCall(tree, "base", folder, {"MINE": "1"}, 20.0, tmp_path))
+    call = AgentCall(tree, "base", folder, {"MINE": "1"}, 20.0, tmp_path / "alive")
+    ask(find_agent(name, "provider/model-9"), prompt, call)
     seen = json.loads(record.read_text())
     argv, env = seen["argv"], seen["env"]
     flag = argv.index("provider/model-9") - 1
@@ -133,7 +134,8 @@ def test_a_prompt_too_long_for_a_command_line(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "cursor-agent").write_text("#!/bin/sh\n")
     (tmp_path / "cursor-agent").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    reply = ask(find_agent("cursor"), "x" * 200_000, AgentCall(tmp_path, "base", tmp_path, {}, 20.0, tmp_path))
+    call = AgentCall(tmp_path, "base", tmp_path, {}, 20.0, tmp_path / "alive")
+    reply = ask(find_agent("cursor"), "x" * 200_000, call)
     assert reply.trouble == Hopeless("cursor cannot be started: Argument list too long")
 
 

@@ -8,7 +8,7 @@ from conftest import ROOT, Project
 
 from autoresearch import prompt
 from autoresearch.records import Crashed, Experiment
-from autoresearch.trial import read_curve
+from autoresearch.task import read_curve
 
 PROGRAM = (ROOT / "program.md").read_text()
 TOKEN = 3  # characters of a dense text of numbers and names, at the least

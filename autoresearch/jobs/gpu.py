@@ -3,7 +3,6 @@ that the driver needs no CUDA of its own."""
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from autoresearch.files import tail
 from autoresearch.pace import PACE
-from autoresearch.process import tail
 from autoresearch.records import Machine, UserError, one_line
 
 ROOM = 512  # MiB that a desktop may take, or give back, without being called a use
@@ -146,20 +145,17 @@ NUMBER = re.compile(r"0x[0-9a-fA-F]{16}|\d{1,9}(\.\d+)?")
 
 
 @contextmanager
-def observed(machine: Machine, log: Path) -> Iterator[None]:
+def observed(card: str, log: Path) -> Iterator[None]:
     """Have nvidia-smi write the GPU's clock in MHz, its power in watts and NVML's reasons for a lower clock into a log,
     as long as the block runs. Missing readings are left out."""
-    if not machine.gpu:
+    if not card:
         yield
         return
     what = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
-    command = ["nvidia-smi", f"--id={machine.card}", what, "--format=csv,noheader,nounits", f"--loop={EVERY}"]
+    command = ["nvidia-smi", f"--id={card}", what, "--format=csv,noheader,nounits", f"--loop={EVERY}"]
     log.unlink(missing_ok=True)
     with log.open("xb") as out:
-        process = subprocess.Popen(
-            ["setpriv", "--pdeathsig=KILL", *command] if shutil.which("setpriv") else command,
-            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL)
     try:
         yield
     finally:

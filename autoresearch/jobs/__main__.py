@@ -1,0 +1,42 @@
+"""One job, in a process of its own: `python -m autoresearch.jobs FOLDER` does what job.json there says."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from autoresearch.files import waiting_lock, write_whole
+from autoresearch.jobs import OUTCOME, SPEC
+from autoresearch.jobs.keeper import NotStarted, become_keeper, keep
+
+
+def main(folder: Path) -> None:
+    spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    become_keeper(spec["driver"])
+    with waiting_lock(Path(spec["alive"]), shared=True):
+        if spec["kind"] == "call":
+            outcome = call(spec)
+        else:
+            from autoresearch.jobs.job import run
+
+            outcome = run(spec, folder)
+        folder.mkdir(parents=True, exist_ok=True)  # an agent may have removed it
+        write_whole(folder / OUTCOME, json.dumps(outcome))
+
+
+def call(spec: dict[str, Any]) -> dict[str, Any]:
+    """An agent's call: a command with the whole environment, which may say a last word at its limit."""
+    try:
+        ended = keep(
+            spec["command"], cwd=Path(spec["cwd"]), env=os.environ, limit=spec["limit"], stdin=Path(spec["stdin"]),
+            out=Path(spec["out"]), err=Path(spec["err"]), politely=True,
+        )  # fmt: skip
+    except NotStarted as error:
+        return {"not_started": str(error)}
+    return asdict(ended)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

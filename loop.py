@@ -13,6 +13,7 @@ records it. Everything that happened is in git; kill this at any instant and sta
 """
 
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -48,6 +49,7 @@ from autoresearch.task import check_syntax, is_better
 
 REPAIRS = 2  # of one idea that crashed
 AGAIN = 2  # times that a run is repeated for no fault of its program
+REFEREEING = re.compile(r"^refereeing (\d+\.\d+)$", re.MULTILINE)  # in the log of a job
 STALLS = 5  # agent calls in a row that brought nothing, before there is a pause
 
 
@@ -223,7 +225,8 @@ def watched(study: Study, job: Job) -> dict[str, Any] | None:
     said = ""
     try:
         while not job.wait(0.2):
-            if not said and (said := tail(job.folder / LOG).partition("refereeing ")[2]):
+            if not said and (found := REFEREEING.search(tail(job.folder / LOG))):
+                said = found[1]
                 study.show(records.Refereeing(study.ledger.next_number, float(said)))
     finally:
         job.stop()

@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +15,18 @@ from autoresearch.records import UserError
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by which a person ends the driver
 
 
+def remove(path: Path) -> None:
+    """Remove whatever is at a path: a file, a pipe, a link, a folder, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)  # which knows no depth
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Give a file this content, on disk, in one step: a reader sees the old one or the new one."""
     fresh = path.with_name(f"{path.name}.new")
+    remove(fresh)
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -15,6 +15,7 @@ KEPT = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_SSH", "GIT_SSL_", "GIT_EXEC_PATH",
 # Hooks, signing keys and colours are for the person; our commits are on disk before a ref says so (core.fsync).
 OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.quotePath=false",
            "-c", "core.fsmonitor=false", "-c", "core.sparseCheckout=false", "-c", "core.fsync=committed",
+           "-c", "core.splitIndex=false",
            "-c", "gc.auto=0", "-c", "color.ui=false", "--no-optional-locks", "--no-replace-objects")  # fmt: skip
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
             for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
@@ -162,6 +163,9 @@ class AgentTree:
         alternates = self.path / ".git/objects/info/alternates"
         alternates.parent.mkdir(exist_ok=True)
         alternates.write_text(f"{self.checkout.common_dir / 'objects'}\n")
+        shallow = self.checkout.common_dir / "shallow"  # where the history of a shallow clone ends
+        if shallow.exists():
+            shutil.copy(shallow, self.path / ".git/shallow")
         checkout_tree(self.checkout.git_dir, commit, self.path, self.index)
         (self.path / ".git/HEAD").write_text(f"{commit}\n")
         shutil.copy(self.index, self.path / ".git/index")

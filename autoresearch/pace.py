@@ -15,7 +15,7 @@ class Pace:
     shortest_limit: float = 120.0  # of a run, unless twice its budget is more
     quiet: float = 180.0  # without a batch drawn, once the first is, after which nothing will come of a run
     grace: float = 5.0  # for a process to end by itself, after each of two signals
-    pause: float = 1.0  # between two looks at a process that show that the driver itself was stopped; usually 0.1
+    pause: float = 1.0  # between two looks of a keeper, 0.1 as a rule, that show that it was stopped itself
     gpu_release: float = 30.0  # for the GPU to take back the memory of a killed process
     max_output: int = 64_000_000  # that a process may print
     min_free: int = 500_000_000  # that it leaves on the disk, for the driver to write the record to

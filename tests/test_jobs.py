@@ -104,6 +104,34 @@ def test_a_job_that_is_killed_is_lost(tmp_path: Path) -> None:
     assert job.result() is None
 
 
+def test_an_outcome_that_the_command_writes_itself(tmp_path: Path) -> None:
+    """Whatever it puts in the place of the keeper's files counts for nothing, and stands in no later job's way."""
+    for put in ("mkdir", "mkfifo"):
+        for name in ("outcome.json", "outcome.json.new", "job.json.new", "job.log", "out", "err"):
+            job = start(
+                tmp_path, f'echo \'{{"code": 0, "seconds": 9}}\' > outcome.json; rm -rf {name}; {put} {name}; exit 3'
+            )
+            assert ended(job).code == 3
+    assert ended(start(tmp_path, "true")).code == 0
+
+
+def test_stopped_at_once(tmp_path: Path) -> None:
+    """Also in the instant in which the command is started."""
+    nap = f"sleep 999.{time.monotonic_ns()}"
+    for i in range(12):
+        job = start(tmp_path, f"{nap} & {nap}")
+        time.sleep(0.04 + 0.004 * i)
+        job.stop()
+        assert not running(nap)
+
+
+def test_a_keeper_that_was_stopped_ends_all_the_same(tmp_path: Path) -> None:
+    job = start(tmp_path, "kill -STOP $PPID; touch done; sleep 1000")
+    wait_for((tmp_path / "done").exists)
+    job.stop()
+    assert job.outcome() is None
+
+
 def test_no_such_command(tmp_path: Path) -> None:
     spec = {"kind": "call", "command": ["/no/such"], "cwd": "/", "limit": 1, "stdin": os.devnull}
     spec |= {name: str(tmp_path / name) for name in ("out", "err", "alive")}

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -48,6 +49,16 @@ def test_a_model_that_it_cannot_score(project: Project) -> None:
     project.research(claiming(0.9, "no model"))
     assert re.search(r"\[the referee: ValueError: .*no model", project.rows()[1]["description"])
     project.check()
+
+
+def test_modules_that_a_training_leaves_are_not_the_referees(project: Project) -> None:
+    forge = 'print(\'judged:\', \'{"val_bpb": 0.1, "val_bpb_upstream": 0.1, "sealed_bpb": 0.1}\'); raise SystemExit'
+    (project.root.parent / "forged.py").write_text(forge)
+    copy = f"import shutil; shutil.copy({str(project.root.parent / 'forged.py')!r}, 'pathlib.py')"
+    project.research(
+        f"echo {shlex.quote(copy)} >> train.py; sed -i 's/^VAL_BPB = 1.0/VAL_BPB = 0.9/' train.py; echo idea"
+    )
+    assert (project.rows()[1]["status"], project.rows()[1]["val_bpb"]) == ("keep", "0.900000")
 
 
 def test_only_the_incumbents_model_is_left(project: Project) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from autoresearch.files import uninterrupted, write_whole
+from autoresearch.files import remove, uninterrupted, write_whole
+from autoresearch.pace import PACE
 
 SPEC, OUTCOME, LOG = "job.json", "outcome.json", "job.log"  # in the folder: what to do, what came of it, errors of ours
 CODE = Path(__file__).resolve().parent.parent.parent  # where `autoresearch` is imported from
@@ -24,7 +26,8 @@ class Job:
     def __init__(self, folder: Path, spec: Mapping[str, Any], env: Mapping[str, str]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / OUTCOME).unlink(missing_ok=True)
+        for name in (SPEC, OUTCOME, LOG):  # an agent or a run may have put anything there
+            remove(folder / name)
         write_whole(folder / SPEC, json.dumps({**spec, "driver": os.getpid()}))
         with (folder / LOG).open("wb") as log, uninterrupted():
             self.process = subprocess.Popen(
@@ -48,14 +51,17 @@ class Job:
         return self.outcome()
 
     def outcome(self) -> dict[str, Any] | None:
-        """What came of it; None for a job that was lost."""
-        with suppress(FileNotFoundError):
-            outcome: dict[str, Any] = json.loads((self.folder / OUTCOME).read_text(encoding="utf-8"))
-            return outcome
-        return None
+        """What came of it; None for a job that was lost. What lies there when the keeper failed is not from it."""
+        if self.process.returncode:
+            return None
+        outcome: dict[str, Any] = json.loads((self.folder / OUTCOME).read_text(encoding="utf-8"))
+        return outcome
 
     def stop(self) -> None:
         """End it and all that it started. One that has ended stays ended."""
         with uninterrupted():
-            self.process.terminate()
-            self.process.wait()
+            for signum in (signal.SIGTERM, signal.SIGCONT):  # somebody may have stopped it
+                self.process.send_signal(signum)
+            if not self.wait(4 * PACE.grace):
+                self.process.kill()
+                self.process.wait()

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from autoresearch.files import waiting_lock, write_whole
+from autoresearch.files import remove, uninterrupted, waiting_lock, write_whole
 from autoresearch.jobs import OUTCOME, SPEC
-from autoresearch.jobs.keeper import NotStarted, become_keeper, keep
+from autoresearch.jobs.keeper import NotStarted, become_keeper, keep, kill_descendants
 
 
 def main(folder: Path) -> None:
@@ -23,6 +23,7 @@ def main(folder: Path) -> None:
 
             outcome = run(spec, folder)
         folder.mkdir(parents=True, exist_ok=True)  # an agent may have removed it
+        remove(folder / OUTCOME)
         write_whole(folder / OUTCOME, json.dumps(outcome))
 
 
@@ -39,4 +40,8 @@ def call(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    finally:  # a signal may come between a start and what guards it
+        with uninterrupted():
+            kill_descendants()

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from autoresearch.files import tail
+from autoresearch.files import remove, tail
 from autoresearch.pace import PACE
 from autoresearch.records import Machine, UserError, one_line
 
@@ -153,7 +153,7 @@ def observed(card: str, log: Path) -> Iterator[None]:
         return
     what = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
     command = ["nvidia-smi", f"--id={card}", what, "--format=csv,noheader,nounits", f"--loop={EVERY}"]
-    log.unlink(missing_ok=True)
+    remove(log)
     with log.open("xb") as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL)
     try:

@@ -197,6 +197,7 @@ class Run:
         if not model.is_file():
             why = "it left no model for the referee: finish was not called, or not ours"
             return Crashed(why, "", outcome.seconds)
+        self.write_tree()  # the training may have left modules that prepare.py would import
         ended = self.keep("prepare.py", "--judge", str(model), log=log)
         end = tail(log)
         self.void |= ended.code != 0 and ended.paused > 0
@@ -235,8 +236,8 @@ def judge(track: Track, ended: Exit, witness: "Witness", log: Path) -> Outcome:
 
 
 class Witness:
-    """What the driver sees of a run for itself: prepare.py sends `(` by a pipe when its clock starts, a `.` for each
-    batch that it hands out, and `)` when the budget is spent. The times are those of the driver's clock. `startup` is
+    """What the job sees of a run for itself: prepare.py sends `(` by a pipe when its clock starts, a `.` for each
+    batch that it hands out, and `)` when the budget is spent. The times are those of the job's clock. `startup` is
     how many seconds may pass before the first batch, say to compile: with more, the budget does not fit the limit."""
 
     SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent

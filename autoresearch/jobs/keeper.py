@@ -1,7 +1,8 @@
 """Around each job, a process of its own: it runs a command under limits and leaves nothing of it behind.
 
 Covered: whatever the command starts dies at its end and at its limit, and when the driver or the command is killed with
-SIGKILL, also what left its group and session and wiped its environment. Not covered: a command that kills its keeper.
+SIGKILL, also what left its group and session and wiped its environment. Not covered: a command that kills or stops its
+keeper.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.files import STOPS, uninterrupted
+from autoresearch.files import STOPS, remove, uninterrupted
 from autoresearch.pace import PACE, clock
 
 PDEATHSIG, SUBREAPER = 1, 36  # linux/prctl.h
@@ -74,7 +75,9 @@ def keep(
     """
     start = looked = clock()
     paused = 0.0
-    out.parent.mkdir(parents=True, exist_ok=True)  # an agent may have removed it
+    out.parent.mkdir(parents=True, exist_ok=True)  # an agent may have removed it, or put a pipe in the place of a log
+    for log in {out, err or out}:
+        remove(log)
     with stdin.open("rb") as stdin_file, out.open("wb") as out_file, (err or out).open("ab") as err_file:
         try:
             process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """What agents and trainings do to a night, each really done: contained, recorded, and the next experiment runs."""
 
+import os
 import subprocess
 
 import pytest
@@ -34,14 +35,15 @@ FAULTS = {
 def test_contained(impatient: Project, fault: str, who: str) -> None:
     project = impatient
     script = project.root.parent / "fault.sh"
-    script.write_text(FAULTS[fault] + "\n")
+    nap = f"sleep 998.{os.getpid()}"  # not that of another test run
+    script.write_text(FAULTS[fault].replace("sleep 998", nap) + "\n")
     head = f"import os; os.system('sh {script}')"
     misbehave = f". {script}" if who == "agent" else f'sed -i "1i {head}" train.py; echo misbehave'
     agent = f"if [ ! -e {script}.done ]; then touch {script}.done; {misbehave}; exit; fi; {NEXT}"
     args = ("--tag=t", "--arena=demo", f"--agent={agent}", "--experiments=2", "--agent-timeout=2")
     project.loop(*args)
     assert [row["description"] for row in project.rows()][-1] == "go on"
-    assert subprocess.run(["pgrep", "-f", "sleep 998"], capture_output=True).returncode == 1
+    assert subprocess.run(["pgrep", "-f", nap], capture_output=True).returncode == 1
     project.research(NEXT.replace("$A", "again $A"))  # and a driver that starts afterwards finds everything in order
     project.check()
     for log in (project.root / "runs/t").glob("0*/*"):

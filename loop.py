@@ -101,12 +101,12 @@ def baseline(study: Study) -> None:
     """Train what the person committed, as an empty commit: the first incumbent."""
     ledger, folder, text = study.ledger, new_folder(study), read_program(study)
     commit = study.checkout.commit_tree("baseline\n", f"{ledger.base}^{{tree}}", ledger.base)
-    outcome = train(study, ledger.base, commit, folder, "baseline")
+    edit = Edit(Reply("baseline", "", Usage(0.0)), (), study.checkout.show(commit, EDITABLE), commit)
+    outcome = train(study, edit, folder, "baseline")
     if not isinstance(outcome, Finished):
         why, log = records.reason(outcome), folder / "run.log"
         raise UserError(f"there is no baseline, since train.py does not run as it is: {why}; see {log}")
-    program = study.checkout.show(commit, EDITABLE)
-    settle(study, text, Edit(Reply("baseline", "", Usage(0.0)), (), program, commit), outcome, repairs=0)
+    settle(study, text, edit, outcome, repairs=0)
 
 
 def attempt(study: Study, told: str) -> Trouble | None:
@@ -122,7 +122,7 @@ def attempt(study: Study, told: str) -> Trouble | None:
     if trouble := unusable(edit):
         return trouble
     idea, repairs, pauses = edit.reply, 0, 0
-    outcome = run(study, base, edit, folder, subject(idea))
+    outcome = run(study, edit, folder, subject(idea))
     while isinstance(outcome, Crashed) and repairs < REPAIRS:
         request = prompt.repair(program, ledger.next_number, subject(idea), outcome)
         mend = propose(study, base, edit.commit, folder, request, turn=repairs + 1, crash=outcome.reason)
@@ -134,7 +134,7 @@ def attempt(study: Study, told: str) -> Trouble | None:
             break
         else:
             edit, repairs = mend, repairs + 1
-            outcome = run(study, base, edit, folder, subject(idea))
+            outcome = run(study, edit, folder, subject(idea))
     settle(study, program, replace(edit, reply=idea), outcome, repairs)
     return None
 
@@ -161,10 +161,11 @@ def propose(study: Study, base: str, before: str, folder: Path, request: str, tu
     usable = EDITABLE in paths and program is not None
     commit = tree.commit(subject(reply) + "\n", base, EDITABLE) if usable else before
     tree.discard()
+    lines = study.checkout.lines_changed(base, commit, EDITABLE)
     if program is None:
-        return Edit(reply, paths, program, commit)
+        return Edit(reply, paths, program, commit, *lines)
     known = ledger.tried.get(source.fingerprint(program) or "") if usable and len(paths) == 1 else None
-    return Edit(reply, paths, program, commit, known)
+    return Edit(reply, paths, program, commit, *lines, known)
 
 
 def unusable(edit: Edit) -> Trouble | None:
@@ -187,23 +188,22 @@ def pause(study: Study, trouble: Trouble, count: int) -> None:
         time.sleep(min(left, 1.0))
 
 
-def run(study: Study, base: str, edit: Edit, folder: Path, description: str) -> Outcome:
+def run(study: Study, edit: Edit, folder: Path, description: str) -> Outcome:
     """Train an edit, unless it touched more than train.py or cannot be trained."""
     if foreign := tuple(path for path in edit.paths if path != EDITABLE):
         return Rejected(foreign)
     if edit.program is None:
         return Crashed("train.py was removed, is no plain file any more, or has more than 1 MB", "", 0.0)
-    return check_syntax(edit.program) or train(study, base, edit.commit, folder, description)
+    return check_syntax(edit.program) or train(study, edit, folder, description)
 
 
-def train(study: Study, base: str, commit: str, folder: Path, description: str) -> Outcome:
-    """Run a commit as a job. One that is lost, or that stood still with the machine, is never the program's fault and
-    runs again."""
+def train(study: Study, edit: Edit, folder: Path, description: str) -> Outcome:
+    """Run an edit's commit as a job. One that is lost, or that stood still with the machine, is never the program's
+    fault and runs again."""
     ledger = study.ledger
-    added, removed = study.checkout.lines_changed(base, commit, EDITABLE)
     spec = {
-        "kind": "run", "alive": str(ledger.alive), "git_dir": str(study.checkout.git_dir), "commit": commit,
-        "track": study.track.spec(), "card": study.machine.card, "lines": added - removed,
+        "kind": "run", "alive": str(ledger.alive), "git_dir": str(study.checkout.git_dir), "commit": edit.commit,
+        "track": study.track.spec(), "card": study.machine.card, "lines": edit.added - edit.removed,
         "incumbent": ledger.incumbent_bpb, "best": ledger.best.val_bpb if ledger.best else None,
     }  # fmt: skip
     for _ in range(1 + AGAIN):
@@ -248,19 +248,18 @@ def settle(study: Study, program: str, edit: Edit, outcome: Outcome, repairs: in
     stands follows from the record."""
     ledger, machine, arena, idea = study.ledger, study.machine, study.track.arena, edit.reply
     folder, base = ledger.folder / f"{ledger.next_number:04d}", ledger.base
-    added, removed = study.checkout.lines_changed(base, edit.commit, EDITABLE)
     after = study.checkout.show(edit.commit, EDITABLE)
     changes = source.changes(study.checkout.show(base, EDITABLE), after)
     best = ledger.best.val_bpb if ledger.best else None
     with ledger.writing():
         recorded = Experiment(
             tag=ledger.tag, number=ledger.next_number,
-            status=decide(outcome, added - removed, ledger.incumbent_bpb, best),
+            status=decide(outcome, edit.added - edit.removed, ledger.incumbent_bpb, best),
             description=subject(idea, changes), reason=idea.reason, finished=ledger.now(), seed=study.track.seed,
             arena=arena.name, budget=arena.budget, data=arena.data, agent=study.agent.name,
             torch=machine.torch, gpu=machine.gpu or None, driver=machine.driver or None,
             program=ledger.store_program(program), gpu_rate=study.limits.gpu_rate or None,
-            added=added, removed=removed, repairs=repairs, incumbent=ledger.incumbent_bpb, changes=changes,
+            added=edit.added, removed=edit.removed, repairs=repairs, incumbent=ledger.incumbent_bpb, changes=changes,
             source=None if isinstance(outcome, Rejected) else source.fingerprint(after),
             **records.costs_of(spent_on(folder, base)), **records.facts_of(outcome),
         )  # fmt: skip

@@ -16,11 +16,20 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by whi
 
 
 def remove(path: Path) -> None:
-    """Remove whatever is at a path: a file, a pipe, a link, a folder, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)  # which knows no depth
-    else:
+    """Remove whatever is at a path: a file, a pipe, a link, a folder of any depth, or nothing. A folder that cannot be
+    removed, as root can make its files, is moved aside."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    make_accessible(path)
+    subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)
+    if path.exists():
+        path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))
+
+
+def make_accessible(tree: Path) -> None:
+    """Give back the permissions that an agent took, so that git can read the tree and it can be removed."""
+    subprocess.run(["chmod", "-R", "u+rwX", "--", str(tree)], capture_output=True, check=False)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,10 +3,11 @@
 import os
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from autoresearch.files import make_accessible, remove
 
 # A hook or an alias that starts the loop exports GIT_DIR and its kin: obeying them would work on another repository.
 # What names a person, a program or a file of settings stays.
@@ -28,7 +29,6 @@ class GitError(Exception):
     def __init__(self, command: tuple[str, ...], code: int, out: str, err: str):
         verb = next((word for word in command if not word.startswith("-")), "")
         super().__init__(f"git {verb}: {(err or out).strip()} (exit {code} of `git {' '.join(command)}`)")
-        self.code = code
         self.err = err
 
 
@@ -155,7 +155,7 @@ class AgentTree:
 
     def hand_out(self, commit: str) -> None:
         """Put the files of a commit there, and nothing else."""
-        remove_tree(self.path)
+        remove(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # what `git clone --shared` makes, but without a remote to push to, or its question whose repository that is
         form = "sha256" if len(commit) == 64 else "sha1"
@@ -172,7 +172,7 @@ class AgentTree:
 
     def discard(self) -> None:
         """Remove it: a full disk must not wait for the next call."""
-        remove_tree(self.path)
+        remove(self.path)
 
     def changed(self) -> list[str]:
         """Every path that differs from what was handed out: edited, deleted, new. A tree that is gone says nothing."""
@@ -192,8 +192,13 @@ class AgentTree:
         return file.read_bytes() if plain else None
 
     def git(self, *args: str) -> str:
-        where = f"--git-dir={self.checkout.git_dir}", f"--work-tree={self.path}"
-        return run_git(*where, *args, env={"GIT_INDEX_FILE": str(self.index)}, cwd=self.path)
+        return tree_git(self.checkout.git_dir, self.path, self.index, *args)
+
+
+def tree_git(git_dir: Path, tree: Path, index: Path, *args: str) -> str:
+    """Run git on a tree as a repository sees it through an index that is not the repository's."""
+    where = f"--git-dir={git_dir}", f"--work-tree={tree}"
+    return run_git(*where, *args, env={"GIT_INDEX_FILE": str(index)}, cwd=tree)
 
 
 def checkout_tree(git_dir: Path, commit: str, tree: Path, index: Path) -> None:
@@ -202,17 +207,13 @@ def checkout_tree(git_dir: Path, commit: str, tree: Path, index: Path) -> None:
     tree.mkdir(parents=True, exist_ok=True)
     for old in (index, index.with_name(f"{index.name}.lock")):  # the second by a git that was killed
         old.unlink(missing_ok=True)
-    where = f"--git-dir={git_dir}", f"--work-tree={tree}"
-    run_git(*where, "read-tree", "--reset", "-u", commit, env={"GIT_INDEX_FILE": str(index)}, cwd=tree)
+    tree_git(git_dir, tree, index, "read-tree", "--reset", "-u", commit)
 
 
 def changed_files(git_dir: Path, tree: Path, index: Path, *also: str) -> list[str]:
     """Paths of a tree that are not what an index says of them; `also` are options of `git ls-files`."""
     make_accessible(tree)
-    where = f"--git-dir={git_dir}", f"--work-tree={tree}"
-    out = run_git(
-        *where, "ls-files", "-z", "--modified", "--deleted", *also, env={"GIT_INDEX_FILE": str(index)}, cwd=tree
-    )
+    out = tree_git(git_dir, tree, index, "ls-files", "-z", "--modified", "--deleted", *also)
     return sorted({path for path in out.split("\0") if path})
 
 
@@ -236,18 +237,3 @@ def git_bytes(*args: str, stdin: str = "", env: dict[str, str] | None = None, cw
         out, err = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
         raise GitError(args, done.returncode, out, err)
     return done.stdout
-
-
-def make_accessible(tree: Path) -> None:
-    """Give back the permissions that an agent took, so that git can read the tree and it can be removed."""
-    subprocess.run(["chmod", "-R", "u+rwX", "--", str(tree)], capture_output=True, check=False)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove whatever is at a path; of a link, the link. What cannot be removed, as root can make a file, is moved
-    aside. By the tools that know paths of any depth."""
-    if not path.is_symlink():
-        make_accessible(path)
-    subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)
-    if path.is_symlink() or path.exists():
-        path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))

@@ -197,6 +197,8 @@ class Edit:
     paths: tuple[str, ...]
     program: bytes | None
     commit: str
+    added: int = 0  # lines of train.py, against the incumbent
+    removed: int = 0
     duplicate_of: "Experiment | None" = None
 
 

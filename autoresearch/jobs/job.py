@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoresearch.files import tail
-from autoresearch.git import changed_files, checkout_tree, remove_tree
+from autoresearch.files import remove, tail
+from autoresearch.git import changed_files, checkout_tree
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Isolation
@@ -98,7 +98,7 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     except UserError as error:
         return {"trouble": str(error)}
     finally:
-        remove_tree(job.tree)
+        remove(job.tree)
     if isinstance(outcome, Finished):
         outcome = replace(outcome, gpu=gpu.read_observed(folder / CLOCKS))
     return {type(outcome).__name__: asdict(outcome), "stamps": job.stamps, "void": job.void}
@@ -125,13 +125,13 @@ class Run:
 
     def write_tree(self) -> None:
         """The commit's files, and nothing else."""
-        remove_tree(self.tree)
+        remove(self.tree)
         checkout_tree(self.git_dir, self.commit, self.tree, self.folder / "index")
 
     def keep(self, *command: str, log: Path, witness: "Witness | None" = None, **facts: str) -> Exit:
         """Run a Python program of the tree in the sandbox; `facts` are for its environment."""
         tmp = self.folder / "tmp"
-        remove_tree(tmp)
+        remove(tmp)
         tmp.mkdir(parents=True)
         env = self.track.isolation.environment(tmp) | {
             "AUTORESEARCH_ARENA": self.track.arena.name,
@@ -148,12 +148,12 @@ class Run:
                 watch=witness.look if witness else str,
             )  # fmt: skip
         finally:
-            remove_tree(tmp)
+            remove(tmp)
 
     def train(self, score_to_beat: float) -> Outcome:
         """Run train.py and judge how it ended. One that scores well enough leaves its exported model."""
         model, log = self.folder / MODEL, self.folder / "run.log"
-        model.unlink(missing_ok=True)
+        remove(model)
         with Witness(log, self.track.limit - self.track.arena.budget) as witness:
             ended = self.keep(
                 "train.py", log=log, witness=witness, AUTORESEARCH_BAR=repr(score_to_beat),
@@ -180,7 +180,7 @@ class Run:
             folder.mkdir(exist_ok=True)
             for path in (folder / name for name in touched):
                 if path.is_symlink() or not path.is_file():
-                    remove_tree(path)
+                    remove(path)
             if self.track.manifest is not None and read_text(folder / MANIFEST) != self.track.manifest:
                 (folder / MANIFEST).write_text(self.track.manifest)  # a forged one would vouch for forged files
             if prepare_arena(self.tree, self.track.arena.name, quietly=True) != self.track.arena:

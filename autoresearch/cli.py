@@ -296,6 +296,8 @@ def main(research: Research, argv: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[options.command][0](options, research)
     except KeyboardInterrupt:
+        for signum in STOPS:  # Python takes our handlers away while it ends, and a second Ctrl-C would end it otherwise
+            signal.signal(signum, signal.SIG_IGN)
         return 130
     except BrokenPipeError:  # of `loop.py prompt | head`
         return 0

@@ -132,7 +132,11 @@ class Project:
 
     def processes(self) -> list[str]:
         """Command lines of what the driver's jobs left running."""
-        return [Path(f"/proc/{pid}/cmdline").read_text() for pid in self.pids()]
+        found = []
+        for pid in self.pids():
+            with suppress(OSError):  # gone meanwhile
+                found.append(Path(f"/proc/{pid}/cmdline").read_text())
+        return found
 
     def pids(self) -> list[int]:
         """Processes that work below this project's folder."""

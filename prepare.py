@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from autoresearch import text
-from autoresearch.hub import download
-from autoresearch.records import UserError
-from autoresearch.text import SPECIAL_TOKENS, Piece, Tokenizer
+from autoresearch.files import UserError, cache
+from gpt import text
+from gpt.download import download
+from gpt.text import SPECIAL_TOKENS, Piece, Tokenizer
 
 IMPORTED = time.perf_counter()
 
@@ -87,9 +87,6 @@ class Arena:
     def folder(self) -> Path:
         return cache() / (f"{Path(self.name).name}-{text.digest(self.name)}" if self.is_folder else self.name)
 
-
-def cache() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 
 
 ARENAS = {
@@ -142,7 +139,7 @@ def find_text(arena: Arena, shards: int, progress: Progress) -> Text:
 
 
 def climbmix(shards: int) -> Text:
-    """The first shards for training; validation is the last one and the sealed set the last but one, for ever."""
+    """The first shards for training; validation is the last one and the sealed set the last but one, always."""
     names = [f"shard_{i:05d}.parquet" for i in (*range(shards), 6542, 6541)]
     folder = cache() / "downloads" / "climbmix-400b-shuffle"
     download("karpathy/climbmix-400b-shuffle", names, folder, grow=1.5)
@@ -682,7 +679,7 @@ class TrainLoader:
 
 
 def training_documents(arena: Arena, stems: list[str]) -> Iterator[np.ndarray]:
-    """Walk through the training documents for ever, each epoch in an order of its own. This is the first door to the
+    """Walk through the training documents without end, each epoch in an order of its own. This is the first door to the
     text, so it starts the clock."""
     documents, rng = Documents(arena.folder, stems), np.random.default_rng(arena.seed)
     CLOCK.start()

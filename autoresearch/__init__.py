@@ -1,1 +1,2 @@
-"""The mechanism that loop.py drives: git, processes, records. It decides nothing and never imports loop.py."""
+"""The mechanism that loop.py drives: git, processes, records. It decides nothing and never imports
+loop.py."""

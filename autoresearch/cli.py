@@ -17,41 +17,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoresearch import checks, prompt, records, report
-from autoresearch.display import NOW, Display, facts, standing
-from autoresearch.files import STOPS, lock, lock_of_device, lock_owner, uninterrupted
-from autoresearch.git import AgentTree
+from autoresearch import checks
+from autoresearch.agents import AGENTS, ROOT, prompt
+from autoresearch.files import STOPS, UserError, lock, lock_of_device, lock_owner, uninterrupted
 from autoresearch.jobs import gpu
-from autoresearch.jobs.job import Track
-from autoresearch.ledger import LOCK, REFS, read_history
+from autoresearch.jobs.job import Conditions
+from autoresearch.journal.git import AgentTree
+from autoresearch.journal.journal import LOCK, REFS, History, read_history
 from autoresearch.pace import PACE
-from autoresearch.presets import PRESETS, ROOT
-from autoresearch.records import Experiment, UserError
-from autoresearch.scene import load
 from autoresearch.study import Limits, Study
 from autoresearch.task import prepare_arena
+from autoresearch.view import events
+from autoresearch.view.status import NOW, facts, load
+from autoresearch.view.terminal import Display, standing
 
 Research = Callable[[Study], str]  # runs experiments until a limit is reached, and returns which
+Add = Callable[..., Any]  # an ArgumentParser's add_argument
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands and options
 
 DESCRIPTION = """\
-Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training decide.
-Without a command: run, whose options `loop.py run --help` lists, --demo among them."""
+Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training
+decide. Without a command: run, whose options `loop.py run --help` lists, --demo among them."""
 DEMO = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Read a command line; UserError for a wrong one."""
-    parser = Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, about, add_options) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        add_options(command.add_argument)
-    if argv[:1] not in (["--help"], ["-h"]) and (not argv or argv[0].startswith("-")):
-        argv = ["run", *argv]
-    return parser.parse_args(argv)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,29 +50,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help tells more", 2)
 
 
-Add = Callable[..., Any]  # an ArgumentParser's add_argument
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read a command line; UserError for a wrong one."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, about, add_options) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        add_options(command.add_argument)
+    if argv[:1] not in (["--help"], ["-h"]) and (not argv or argv[0].startswith("-")):
+        argv = ["run", *argv]
+    return parser.parse_args(argv)
 
 
 def run_options(add: Add) -> None:
+    def limit(name: str, metavar: str, about: str, default: float | None = None) -> None:
+        add(name, metavar=metavar, type=positive, default=default, help=about)
+
+    def switch(name: str, about: str) -> None:
+        add(name, action="store_true", help=about)
+
+    shell = "any shell command: prompt on standard input, idea on its last line of output"
+    arenas = "climbmix, tinystories, python, demo or ./a/folder"
     add("--tag", help=f"name of the run and its branch (default: {today()})")
-    about_agent = "or any shell command: prompt on standard input, idea on its last line of output"
-    add("--agent", help=f"{', '.join(PRESETS)}, random, {about_agent} (default: the first that is installed)")
+    add("--agent", help=f"{', '.join(AGENTS)}, random, or {shell} (default: the first installed)")
     add("--model", metavar="NAME", help="which model the agent uses (default: its own)")
-    add("--arena", help="what to train on: climbmix, tinystories, python, demo or ./a/folder (default: climbmix)")
+    add("--arena", help=f"what to train on: {arenas} (default: climbmix)")
     add("--gpu", metavar="N", type=natural_number, help="which GPU (default: the first)")
-    add("--experiments", metavar="N", type=natural_number, help="stop after so many, the baseline not counted")
-    add("--hours", metavar="H", type=positive, default=math.inf, help="start no experiment after so many hours")
-    about_dollars = "start no experiment after so many were spent on the agent, and on the GPU if its price is given"
-    add("--dollars", metavar="D", type=positive, default=math.inf, help=about_dollars)
-    about_rate = "what the GPU costs, from the start of this call to its end"
-    add("--gpu-dollars-per-hour", metavar="X", type=positive, default=0.0, help=about_rate)
-    about_limit = "hard limit of a run (default: twice the budget, at least 120)"
-    add("--train-timeout", metavar="S", type=positive, help=about_limit)
-    add("--agent-timeout", metavar="S", type=positive, default=900.0, help="hard limit of an agent call (default: 900)")
-    add("--no-isolation", action="store_true", help="let train.py use the network and see the whole environment")
-    add("--plain", action="store_true", help="a line for each event, as where there is no terminal")
-    add("--no-report", action="store_true", help="do not refresh progress.png and report.html after each experiment")
-    add("--demo", action="store_true", help="demo arena, random agent, five experiments: any machine")
+    about = "stop after so many, the baseline not counted"
+    add("--experiments", metavar="N", type=natural_number, help=about)
+    limit("--hours", "H", "start no experiment after so many hours", math.inf)
+    about = "start no experiment after this call spent so many, on the agent and on a priced GPU"
+    limit("--dollars", "D", about, math.inf)
+    limit("--gpu-dollars-per-hour", "X", "the GPU's price, from the start of this call", 0.0)
+    limit("--train-timeout", "S", "limit of a run (default: twice the budget, at least 120)")
+    limit("--agent-timeout", "S", "limit of an agent call (default: 900)", 900.0)
+    switch("--no-isolation", "let train.py use the network and see the whole environment")
+    switch("--plain", "a line for each event, as where there is no terminal")
+    switch("--no-report", "write no progress.png and report.html at the end")
+    switch("--demo", "demo arena, random agent, five experiments: any machine")
 
 
 def tag_option(add: Add) -> None:
@@ -97,7 +102,8 @@ def status_options(add: Add) -> None:
 
 def report_options(add: Add) -> None:
     tag_option(add)
-    add("--results", metavar="FILE", type=Path, help="draw this results.tsv instead, which may be upstream's")
+    about = "draw this results.tsv instead, which may be upstream's"
+    add("--results", metavar="FILE", type=Path, help=about)
 
 
 def today() -> str:
@@ -111,82 +117,101 @@ def natural_number(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (0 < value < math.inf):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def settle_options(options: argparse.Namespace) -> checks.Setup:
-    """Fill in what a person left out, in the options and in the environment of what the driver starts."""
+    """Fill in the defaults, in the options and in the environment of all jobs."""
     usual = {"tag": today(), "arena": "climbmix", "experiments": math.inf}
     for name, value in (usual | DEMO if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if os.sep in options.arena:  # the same from another folder
         options.arena = str(Path(options.arena).expanduser().resolve())
-    if options.train_timeout is not None and options.train_timeout < PACE.shortest_limit:
-        raise UserError(f"--train-timeout must be at least {PACE.shortest_limit:g} s; --help tells more", 2)
+    least = PACE.shortest_limit
+    if options.train_timeout is not None and options.train_timeout < least:
+        raise UserError(f"--train-timeout must be at least {least:g} s; --help tells more", 2)
     if cache := os.environ.get("AUTORESEARCH_CACHE"):
         os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())
-    return checks.Setup(ROOT, options, natural_number(os.environ.get("AUTORESEARCH_SEED", "42")))
+    seed = natural_number(os.environ.get("AUTORESEARCH_SEED", "42"))
+    return checks.Setup(ROOT, options, seed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running
 
 
 def run(options: argparse.Namespace, research: Research) -> int:
     """Start or resume a run and stay with it until a limit is reached; returns the exit code."""
     setup = settle_options(options)
-    # from here on the GPU costs
-    limits = Limits(options.experiments, options.hours, options.dollars, options.gpu_dollars_per_hour)
+    rate = options.gpu_dollars_per_hour  # counts from here
+    limits = Limits(options.experiments, options.hours, options.dollars, rate)
     show = Display(options.tag, ROOT / "runs" / options.tag, options.plain)
     checks.require(setup)
-    ledger, machine = setup.ledger, setup.machine
+    journal, machine = setup.journal, setup.machine
     if options.agent is None:
-        show(records.Chosen(setup.agent.name, tuple(PRESETS)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # gigabytes each
+        show(events.Chosen(setup.agent.name, tuple(AGENTS)))
+    core = resource.RLIMIT_CORE  # dumps of gigabytes each
+    resource.setrlimit(core, (0, resource.getrlimit(core)[1]))
     if machine.uuid:  # by number, CUDA may mean another one than nvidia-smi does
         os.environ["CUDA_VISIBLE_DEVICES"] = machine.uuid
+    device = lock_of_device(machine.uuid or "cpu")
     with (
-        lock(ledger.lock, f"the run {options.tag}", "its driver"),
-        lock(lock_of_device(machine.uuid or "cpu"), machine.gpu or "the CPU", f"run {options.tag}"),
+        lock(journal.lock, f"the run {options.tag}", "its driver"),
+        lock(device, machine.gpu or "the CPU", f"run {options.tag}"),
     ):
-        ledger.reconcile()
-        show(records.Preparing(options.arena))
-        tree = AgentTree(setup.checkout, ledger.folder / "tree", ledger.folder / "index")
-        tree.hand_out(ledger.base)  # whose prepare.py makes the arena
+        journal.reconcile()
+        show(events.Preparing(options.arena))
+        tree = AgentTree(setup.checkout, journal.folder / "tree", journal.folder / "index")
+        tree.hand_out(journal.base)  # with the prepare.py that makes the arena
         arena = prepare_arena(tree.path, options.arena)
         limit = options.train_timeout or max(PACE.shortest_limit, 2 * arena.budget)
         if limit <= arena.budget:
-            raise UserError(f"--train-timeout {limit:g} ends a run before its budget of {arena.budget:g} s", 2)
-        checks.check_comparable(ledger, arena, machine, setup.seed)
-        return work(
-            Study(
-                setup.checkout, ledger, machine=machine, idle=gpu.used(machine), agent=setup.agent,
-                tree=tree, track=Track.of(arena, setup.seed, limit, setup.walls),
-                agent_limit=options.agent_timeout,
-                limits=limits, show=show, report=None if options.no_report else report.Refresher(ROOT, options.tag),
-            ),
-            research,
-        )  # fmt: skip
+            short = f"--train-timeout {limit:g} ends a run before its budget"
+            raise UserError(f"{short} of {arena.budget:g} s", 2)
+        checks.check_comparable(journal, arena, machine, setup.seed)
+        study = Study(
+            checkout=setup.checkout,
+            journal=journal,
+            tree=tree,
+            conditions=Conditions.of(arena, setup.seed, limit, setup.sandbox),
+            machine=machine,
+            idle=gpu.used(machine),
+            agent=setup.agent,
+            agent_limit=options.agent_timeout,
+            limits=limits,
+            show=show,
+        )
+        code = work(study, research)
+    if journal.history and not options.no_report:
+        options.results = None
+        try:
+            write_report(options, research)
+        except Exception as error:  # the research was done
+            print(f"no report: {checks.explain(error)}", file=sys.stderr)
+    return code
 
 
 def work(study: Study, research: Research) -> int:
     """Research, and leave everything in order, whatever ends it."""
-    ledger = study.ledger
+    journal, limits = study.journal, study.limits
     code, ended = 1, "an error"
     try:
         study.show(
-            records.Started(
-                ledger.tag, ledger.branch, study.agent.name, study.track.arena, study.machine,
-                tuple(ledger.experiments), study.agent_limit, study.track.isolation.missing,
+            events.Started(
+                journal.tag,
+                journal.branch,
+                study.agent.name,
+                study.conditions.arena,
+                study.machine,
+                tuple(journal.experiments),
+                study.agent_limit,
+                study.conditions.sandbox.missing,
             )
-        )  # fmt: skip
+        )
         ended = research(study)
         code = 0
     except KeyboardInterrupt:
@@ -196,31 +221,32 @@ def work(study: Study, research: Research) -> int:
         raise
     finally:
         with uninterrupted():
-            study.show(records.Stopped(ended, study.limits.done, ledger.best, study.limits.dollars_spent))
-        if study.report and ledger.history:
-            study.report.finish()
+            study.show(events.Stopped(ended, limits.done, journal.best, limits.dollars_spent))
     return code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a person asks about a run from outside: answered from git and from the disk
+# --------------------------------------------------------------------------------------------------
+# Questions about a run, answered from git and from the disk
 
 
 def status(options: argparse.Namespace, research: Research) -> int:
     tag, history = past(options.tag)
     folder = folder_of(tag)
-    scene, holder = load(folder / NOW, tag, [e for _, e in history]), lock_owner(folder / LOCK)
+    now, owner = load(folder / NOW, tag, [e for _, e in history]), lock_owner(folder / LOCK)
     if options.json:
-        print(json.dumps(facts(scene, folder, holder), indent=1))
+        print(json.dumps(facts(now, folder, owner), indent=1, default=str))
     else:
-        Console().print(standing(scene, folder, holder))
+        Console().print(standing(now, folder, owner))
     return 0
 
 
 def write_report(options: argparse.Namespace, research: Research) -> int:
+    from autoresearch.view import report  # matplotlib takes half a second
+
     if options.results:
-        report.draw(report.read_table(options.results), str(options.results), Path("progress.png"))
-        print("progress.png")
+        picture = Path("progress.png")
+        report.draw(report.read_table(options.results), str(options.results), picture)
+        print(picture)
         return 0
     tag, history = past(options.tag)
     for path in report.write_report(checks.open_checkout(ROOT), history, folder_of(tag)):
@@ -233,7 +259,8 @@ def doctor(options: argparse.Namespace, research: Research) -> int:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for finding in findings:
-        table.add_row(Text(finding.what), Text(finding.state, styles[finding.state]), Text(finding.said))
+        state = Text(finding.state, styles[finding.state])
+        table.add_row(Text(finding.what), state, Text(finding.said))
     Console().print(table)
     return int(any(finding.state == "fail" for finding in findings))
 
@@ -247,22 +274,23 @@ def show_prompt(options: argparse.Namespace, research: Research) -> int:
     return 0
 
 
-def past(tag: str | None) -> tuple[str, list[tuple[str, Experiment]]]:
-    """A run and its (commit, experiment) as git holds them: of the one named, else of the one that was active last."""
+def past(tag: str | None) -> tuple[str, History]:
+    """A run and its history as git holds it: the one named, or the one that was active last."""
     checkout = checks.open_checkout(ROOT)
     if tag is not None:
         checks.check_name(checkout, tag)
     history = read_history(checkout, tag or "*")
-    active = {path.parent.name: path.stat().st_mtime for path in (ROOT / "runs").glob(f"{tag or '*'}/{NOW}")}
-    for _, e in history:
-        active[e.tag] = max(active.get(e.tag, 0.0), datetime.fromisoformat(e.finished).timestamp())
+    active = {e.tag: datetime.fromisoformat(e.finished).timestamp() for _, e in history}
+    for path in (ROOT / "runs").glob(f"{tag or '*'}/{NOW}"):
+        name = path.parent.name
+        active[name] = max(active.get(name, 0.0), path.stat().st_mtime)
     if not active:
-        others = sorted({e.tag for _, e in read_history(checkout)})
-        there = f"; there are {', '.join(others)}" if others else ""
-        raise UserError(f"no experiments yet under {REFS}/{tag or ''}{there}; `loop.py --demo` makes some")
+        others = ", ".join(sorted({e.tag for _, e in read_history(checkout)}))
+        there = f"no experiments yet under {REFS}/{tag or ''}{others and f'; there are {others}'}"
+        raise UserError(f"{there}; `loop.py --demo` makes some")
     last = max(active, key=lambda name: active[name])
     mine = [entry for entry in history if entry[1].tag == last]
-    if mine and not any(e.status == "keep" for _, e in mine):
+    if mine and not any(e.verdict == "keep" for _, e in mine):
         raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
     return last, mine
 
@@ -271,24 +299,25 @@ def folder_of(tag: str) -> Path:
     return ROOT / "runs" / tag
 
 
-# Of each command: its function, what it does, its options
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Research], int], str, Callable[[Add], None]]] = {
+# Of each command: its function, its description, its options
+Command = tuple[Callable[[argparse.Namespace, Research], int], str, Callable[[Add], None]]
+COMMANDS: dict[str, Command] = {
     "run": (run, "start or resume a run, and stay with it until a limit is reached", run_options),
     "status": (status, "print where a run stands, while it runs and after", status_options),
     "report": (write_report, "write progress.png and report.html of a run", report_options),
-    "doctor": (doctor, "check what a run with these options would need, and what of it is missing", run_options),
-    "prompt": (show_prompt, "print what the agent would be told now", tag_option),
+    "doctor": (doctor, "check all that a run with these options needs", run_options),
+    "prompt": (show_prompt, "print the agent's next prompt", tag_option),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process
 
 
 def main(research: Research, argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as where the shell closed it
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows only ASCII
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal
     for signum in STOPS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(signum, interrupt)
@@ -296,14 +325,14 @@ def main(research: Research, argv: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[options.command][0](options, research)
     except KeyboardInterrupt:
-        for signum in STOPS:  # Python takes our handlers away while it ends, and a second Ctrl-C would end it otherwise
+        for signum in STOPS:  # Python drops our handlers as it ends, when a second Ctrl-C may come
             signal.signal(signum, signal.SIG_IGN)
         return 130
     except BrokenPipeError:  # of `loop.py prompt | head`
         return 0
     except Exception as error:
         if said := checks.explain(error):
-            with suppress(OSError):  # a terminal that went away
+            with suppress(OSError):  # the terminal may be gone
                 print(f"error: {said}", file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
     finally:
@@ -311,14 +340,15 @@ def main(research: Research, argv: list[str] | None = None) -> int:
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """Leave by the same door as Ctrl-C: the running job stopped. A second signal must not break into that."""
+    """Leave by the same door as Ctrl-C, the running job stopped. A second signal is too late."""
     for other in STOPS:
         signal.signal(other, lambda *_: None)
     raise KeyboardInterrupt
 
 
 def close_output() -> None:
-    """Where the terminal went away, write the rest to nowhere, or Python would end with an error of its own."""
+    """Without a terminal, write the rest to nowhere, or Python would end with an error of its
+    own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,7 +1,8 @@
-"""Files that are whole or not there, the end of a log, and locks that die with their process and name their owner."""
+"""Files written whole, the end of a log, locks that name their owner, one line of foreign text."""
 
 import fcntl
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -10,41 +11,65 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from autoresearch.records import UserError
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the driver
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # by which a person ends the driver
+
+class UserError(Exception):
+    """Something a person has to mend; one line that names the cure. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Make foreign text safe for a commit subject, a table or a terminal: one bounded line without
+    control characters.
+
+    >>> one_line("a\\tb\\x1b[31m")
+    'a b [31m'
+    """
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def remove(path: Path) -> None:
-    """Remove whatever is at a path: a file, a pipe, a link, a folder of any depth, or nothing. A folder that cannot be
-    removed, as root can make its files, is moved aside."""
+    """Remove a file, pipe, link, or folder of any depth, if there is one. A folder that resists, as
+    root can make its files, is moved aside."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    make_accessible(path)
-    subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)
+    try:
+        shutil.rmtree(path)
+    except (OSError, RecursionError):  # an agent may take permissions away, and nest folders
+        make_accessible(path)
+        subprocess.run(["rm", "-rf", "--", str(path)], capture_output=True, check=False)
     if path.exists():
         path.rename(path.with_name(f"{path.name}-aside-{time.time_ns()}"))
 
 
 def make_accessible(tree: Path) -> None:
-    """Give back the permissions that an agent took, so that git can read the tree and it can be removed."""
+    """Give back the permissions that an agent took, so that git can read and we can remove."""
     subprocess.run(["chmod", "-R", "u+rwX", "--", str(tree)], capture_output=True, check=False)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Give a file this content, on disk, in one step: a reader sees the old one or the new one."""
-    fresh = path.with_name(f"{path.name}.new")
-    remove(fresh)
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    data = content.encode(errors="replace") if isinstance(content, str) else content
+    try:
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def tail(path: Path, size: int = 4000) -> str:
-    """The end of a log, at most `size` bytes of it; empty where there is none, or something that is no plain file."""
+    """The last `size` bytes of a log; empty for no file, or one that is not plain."""
     with suppress(OSError), open(path, "rb", opener=open_plainly) as file:
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode):
@@ -60,7 +85,7 @@ def open_plainly(path: str, flags: int) -> int:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Defer all signals by which a person ends the driver until this block is done."""
+    """Defer SIGINT, SIGTERM, SIGHUP and SIGQUIT until this block is done."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -69,7 +94,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def cache() -> Path:
-    """Where the arenas are, and the locks of devices."""
+    """The folder of the arenas, and of the locks of devices."""
     return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 
 
@@ -78,30 +103,32 @@ def lock_of_device(device: str) -> Path:
     try:
         cache().mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {cache()}: {error.strerror}; AUTORESEARCH_CACHE moves the cache") from None
+        cure = "AUTORESEARCH_CACHE moves the cache"
+        raise UserError(f"cannot write {cache()}: {error.strerror}; {cure}") from None
     return cache() / f"{device}.lock"
 
 
 @contextmanager
 def lock(path: Path, what: str, task: str) -> Iterator[None]:
-    """Hold a lock file for this process; UserError that names its owner when there is one."""
+    """Hold a lock file for this process; UserError that names its owner, if another has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    with path.open() as file:  # for reading, since a file that is open for writing keeps a disk from being unmounted
+    with path.open() as file:  # for reading: a file open for writing keeps a disk mounted
         for last in (False, False, True):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if last:
-                    raise UserError(f"{what} is taken by {lock_owner(path) or 'another process'}") from None
-                time.sleep(0.1)  # whoever merely asks for the owner holds it for an instant
+                    owner = lock_owner(path) or "another process"
+                    raise UserError(f"{what} is taken by {owner}") from None
+                time.sleep(0.1)  # `lock_owner` holds it for an instant
         path.write_text(f"process {os.getpid()} on {os.uname().nodename}, {task}")
         yield
 
 
 def lock_owner(path: Path) -> str | None:
-    """Who holds a lock file now, or None."""
+    """The owner of a lock file, or None."""
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -114,7 +141,7 @@ def lock_owner(path: Path) -> str | None:
 
 @contextmanager
 def waiting_lock(path: Path, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file, alone or beside others who share it, waiting as long as that takes."""
+    """Hold a lock file, alone or shared with others, however long that takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""How long the driver waits and how much it allows, in one place; a test shortens it by AUTORESEARCH_PACE, as JSON."""
+"""Waits and limits, in one place; a test shortens them by AUTORESEARCH_PACE, as JSON."""
 
 import json
 import os
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 class Pace:
     """Seconds and bytes."""
 
-    backoff: float = 60.0  # before the next try at something that may pass by itself, doubled each time
+    backoff: float = 60.0  # before the first retry; doubled for each that follows
     max_backoff: float = 1800.0
     shortest_limit: float = 120.0  # of a run, unless twice its budget is more
-    quiet: float = 180.0  # without a batch drawn, once the first is, after which nothing will come of a run
+    quiet: float = 180.0  # between two batches, after which a run is given up
     grace: float = 5.0  # for a process to end by itself, after each of two signals
-    pause: float = 1.0  # between two looks of a keeper, 0.1 as a rule, that show that it was stopped itself
+    pause: float = 1.0  # between two looks of a keeper: with more, it was stopped itself
     gpu_release: float = 30.0  # for the GPU to take back the memory of a killed process
-    max_output: int = 64_000_000  # that a process may print
-    min_free: int = 500_000_000  # that it leaves on the disk, for the driver to write the record to
+    max_output: int = 64_000_000  # of a process
+    min_free: int = 500_000_000  # on the disk, for the driver's record
 
 
 PACE = Pace(**json.loads(os.environ.get("AUTORESEARCH_PACE", "{}")))

@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from autoresearch.display import count
-from autoresearch.git import AgentTree, Repo
-from autoresearch.jobs.job import Track
-from autoresearch.ledger import Ledger
+from autoresearch.agents.agent import Agent
+from autoresearch.jobs.job import Conditions
+from autoresearch.journal.git import AgentTree, Repo
+from autoresearch.journal.journal import Journal
 from autoresearch.pace import clock
-from autoresearch.presets import Agent
-from autoresearch.records import Event, Machine
-from autoresearch.report import Refresher
+from autoresearch.task import Machine
+from autoresearch.view.events import Event
+from autoresearch.view.figures import count
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Limits:
         return self.paid + self.gpu_rate * self.hours_spent
 
     def reached(self) -> str | None:
-        """Which limit is reached, if any; asked before each experiment, and while the driver waits."""
+        """Which limit is reached, if any; asked before each experiment, and while the driver
+        waits."""
         if self.done >= self.experiments:
             return f"{count(self.done)} done"
         if self.hours_spent >= self.hours:
@@ -49,13 +50,12 @@ class Study:
     """Where experiments run, with what, by which agent, under which limits."""
 
     checkout: Repo
-    ledger: Ledger
+    journal: Journal
     tree: AgentTree
-    track: Track
+    conditions: Conditions
     machine: Machine
-    idle: int  # MiB of the GPU's memory that are in use when no run of ours is
+    idle: int  # MiB of the GPU's memory in use without a run of ours
     agent: Agent
     agent_limit: float
     limits: Limits
     show: Callable[[Event], None]
-    report: Refresher | None

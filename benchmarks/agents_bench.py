@@ -30,12 +30,11 @@ from ten_experiments import DEMO, SLOW, plan, put, script  # noqa: E402
 from test_clients import PACKAGES, addresses  # noqa: E402
 from test_prompt import night  # noqa: E402
 
-from autoresearch import prompt  # noqa: E402
-from autoresearch.agents import AgentCall, ask, command_of  # noqa: E402
-from autoresearch.git import Repo  # noqa: E402
-from autoresearch.ledger import read_history  # noqa: E402
-from autoresearch.presets import PRESETS  # noqa: E402
-from autoresearch.records import Experiment  # noqa: E402
+from autoresearch.agents import AGENTS, prompt  # noqa: E402
+from autoresearch.agents.call import AgentCall, ask, command_of  # noqa: E402
+from autoresearch.journal.experiment import Experiment  # noqa: E402
+from autoresearch.journal.git import Repo  # noqa: E402
+from autoresearch.journal.journal import read_history  # noqa: E402
 
 
 def main() -> None:
@@ -56,7 +55,9 @@ def prompt_time() -> None:
     history = night(1000)
     times = [timed(lambda: prompt.brief("# Program\n", history)) for _ in range(20)]
     text = prompt.brief("# Program\n", history)
-    print(f"prompt from 1,000 experiments: median {statistics.median(times) * 1000:.0f} ms, {len(text):,} characters")
+    print(
+        f"prompt from 1,000 experiments: median {statistics.median(times) * 1000:.0f} ms, {len(text):,} characters"
+    )
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -75,18 +76,27 @@ def adapter_time(name: str, calls: int) -> None:
         tree.mkdir()
         home.mkdir()
         (tree / "train.py").write_text("A = 1\n")
-        subprocess.run(["git", "init", "--quiet", str(tree)], check=True)  # Codex works in nothing else
+        subprocess.run(
+            ["git", "init", "--quiet", str(tree)], check=True
+        )  # Codex works in nothing else
         env = clean_environment(home) | addresses(server, home)
-        agent, call = PRESETS[name], AgentCall(tree, "base", Path(folder), {}, 100.0, Path(folder) / "alive")
+        agent, call = (
+            AGENTS[name],
+            AgentCall(tree, "base", Path(folder), {}, 100.0, Path(folder) / "alive"),
+        )
         command = command_of(agent, {"glob": str(tree), "side": f"{folder}/side"})
-        direct = partial(subprocess.run, command, cwd=tree, env=env | agent.env, input=b"x", capture_output=True)
+        direct = partial(
+            subprocess.run, command, cwd=tree, env=env | agent.env, input=b"x", capture_output=True
+        )
         alone, adapted = [], []
         with mock.patch.dict("os.environ", env, clear=True):
             for _ in range(calls):
                 alone.append(timed(lambda: direct().check_returncode()))
                 adapted.append(timed(lambda: ask(agent, "x", call)))
         a, b = statistics.median(alone), statistics.median(adapted)
-        print(f"{name}: alone {a:.2f} s, through the adapter {b:.2f} s, added {b - a:+.3f} s (medians of {calls})")
+        print(
+            f"{name}: alone {a:.2f} s, through the adapter {b:.2f} s, added {b - a:+.3f} s (medians of {calls})"
+        )
 
 
 EDIT = Change("train.py", "A = 1", "A = 1")
@@ -97,11 +107,14 @@ def ten_experiments(agents: list[str]) -> None:
     rows = []
     for name in agents:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append([f"{e.status} {e.val_bpb or 0:.4f}" for e in run_ten(name, Path(folder))])
+            rows.append([f"{e.verdict} {e.score or 0:.4f}" for e in run_ten(name, Path(folder))])
     expected = ["keep", *(idea.status for idea in DEMO)]
     print(f"{'':4s}{'expected':10s}" + "".join(f"{name:18s}" for name in agents))
     for number, outcomes in enumerate(zip(*rows, strict=True)):
-        print(f"{number:<4d}{expected[number]:10s}" + "".join(f"{outcome:18s}" for outcome in outcomes))
+        print(
+            f"{number:<4d}{expected[number]:10s}"
+            + "".join(f"{outcome:18s}" for outcome in outcomes)
+        )
     same = all([outcome.split()[0] for outcome in row] == expected for row in rows)
     print("the same decisions" if same else "NOT the same decisions")
 
@@ -119,9 +132,16 @@ def run_ten(name: str, folder: Path) -> list[Experiment]:
     command = f"{sys.executable} {ROOT}/tests/ten_experiments.py {folder}/plan.json"
     with ModelServer(script(edits)) as server:
         cache = Path.home() / ".cache/autoresearch"
-        env = clean_environment(folder) | addresses(server, folder) | {"AUTORESEARCH_CACHE": str(cache)}
+        env = (
+            clean_environment(folder)
+            | addresses(server, folder)
+            | {"AUTORESEARCH_CACHE": str(cache)}
+        )
         project = commit_all(Project(root.resolve(), env))
-        print(project.research(command if name == "command" else name, experiments=10, timeout=3600), flush=True)
+        print(
+            project.research(command if name == "command" else name, experiments=10, timeout=3600),
+            flush=True,
+        )
     return [experiment for _, experiment in read_history(Repo.at(root))]
 
 

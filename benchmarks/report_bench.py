@@ -16,11 +16,14 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from autoresearch import report
 from autoresearch.cli import Parser, natural_number
-from autoresearch.git import Repo
-from autoresearch.ledger import read_history
-from autoresearch.records import Experiment, message
+from autoresearch.ideas import Usage
+from autoresearch.journal.changes import Change
+from autoresearch.journal.experiment import Experiment, message
+from autoresearch.journal.git import Repo
+from autoresearch.journal.journal import read_history
+from autoresearch.task import Arena, Machine
+from autoresearch.view import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
@@ -41,8 +44,12 @@ def main() -> None:
         read = time.perf_counter() - start
         picture, page = report.write_report(checkout, history, folder / "runs/t")
         written = time.perf_counter() - start
-        print(f"{len(history)} experiments: read from git in {read:.2f} s, report written in {written:.2f} s")
-        print(f"report.html {page.stat().st_size / 1e6:.1f} MB, progress.png {picture.stat().st_size / 1e3:.0f} kB")
+        print(
+            f"{len(history)} experiments: read from git in {read:.2f} s, report written in {written:.2f} s"
+        )
+        print(
+            f"report.html {page.stat().st_size / 1e6:.1f} MB, progress.png {picture.stat().st_size / 1e3:.0f} kB"
+        )
         if chromium := shutil.which("chromium"):
             print("loaded in", ", ".join(f"{load(chromium, page):.2f} s" for _ in range(3)))
 
@@ -61,18 +68,21 @@ def make_history(folder: Path, count: int) -> Repo:
         kept = number == 0 or rng.random() < 0.05
         score = best - (0.001 if number else 0.0) if kept else best + rng.random() / 50
         e = Experiment(
-            tag="t", number=number, status="keep" if kept else "discard", description=f"idea {number}: " + "word " * 12,
-            reason="because " * 60, finished=(now + timedelta(seconds=345 * number)).isoformat(), arena="climbmix",
-            data="d", seed=42, agent="claude", torch="2.15", program="p", added=6, removed=6, repairs=0,
-            agent_seconds=40.0, run_seconds=318.0, budget=300.0, training_seconds=300.0, val_bpb=score,
-            sealed_bpb=score, incumbent=best if number else None, memory_gb=40.0, cost_usd=0.1, steps=2000, gpu="H200",
-            changes="DEPTH 6 -> 7",
+            number=number, verdict="keep" if kept else "discard",
+            description=f"idea {number}: " + "word " * 12, reason="because " * 60,
+            scores={42: score}, incumbent=best if number else None, change=Change("DEPTH 6 -> 7", "s", 6, 6),
+            facts={"run_seconds": 318, "training_seconds": 300, "sealed_bpb": score, "memory_gb": 40, "steps": 2000},
+            repairs=0, agent="claude", usage=Usage(40.0, cost_usd=0.1), seed=42,
+            arena=Arena("climbmix", 300.0, "d"), machine=Machine("H200", "600", "2.15"), program="p", tag="t",
+            finished=(now + timedelta(seconds=345 * number)).isoformat(),
         )  # fmt: skip
         final = commit_file(checkout, changed, message(e), base)
-        checkout.create(f"refs/autoresearch/t/{number:04d}", final)
+        checkout.update_refs(f"create refs/autoresearch/t/{number:04d} {final}")
         own = folder / f"runs/t/{number:04d}"
         own.mkdir(parents=True)
-        (own / "run.log").write_text("step 1234  50.0%  loss 3.2145  81,200 tok/s  eta 2:30\n" * 200)
+        (own / "run.log").write_text(
+            "step 1234  50.0%  loss 3.2145  81,200 tok/s  eta 2:30\n" * 200
+        )
         if kept:
             best, text, base = score, changed, final
     return checkout
@@ -82,7 +92,7 @@ def commit_file(checkout: Repo, lines: list[str], text: str, parent: str | None)
     blob = checkout.git("hash-object", "-w", "--stdin", stdin="\n".join(lines) + "\n").strip()
     tree = checkout.git("mktree", stdin=f"100644 blob {blob}\ttrain.py\n").strip()
     parents = ("-p", parent) if parent else ()
-    return checkout.git("commit-tree", tree, *parents, stdin=text, env=checkout.identity()).strip()
+    return checkout.git("commit-tree", tree, *parents, stdin=text, env=checkout.identity).strip()
 
 
 def load(chromium: str, page: Path) -> float:
@@ -90,7 +100,13 @@ def load(chromium: str, page: Path) -> float:
     timed = page.with_name("timed.html")
     script = "<script>onload = () => { document.body.dataset.ms = performance.now(); }</script>"
     timed.write_text(page.read_text() + script)
-    command = [chromium, *FLAGS, f"--user-data-dir={page.parent / 'browser'}", "--dump-dom", f"file://{timed}"]
+    command = [
+        chromium,
+        *FLAGS,
+        f"--user-data-dir={page.parent / 'browser'}",
+        "--dump-dom",
+        f"file://{timed}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'data-ms="([\d.]+)"', done.stdout)
     assert found, "the page did not load"

@@ -17,9 +17,9 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from autoresearch.git import Repo
-from autoresearch.ledger import read_history
-from autoresearch.records import Experiment
+from autoresearch.journal.experiment import Experiment
+from autoresearch.journal.git import Repo
+from autoresearch.journal.journal import read_history
 from tests.conftest import Project, make_quick_project
 
 # Ideas that follow from seed and number: better ones, worse ones, one in forty that crashes, one that is rejected.
@@ -56,14 +56,19 @@ def undisturbed(project: Project, count: int) -> None:
     assert [e.number for e in experiments] == list(range(count + 1))
     ends = [datetime.fromisoformat(e.finished).timestamp() for e in experiments]
     own = [
-        later - earlier - e.agent_seconds - e.run_seconds - (e.referee_seconds or 0)
+        later - earlier - 60 * e.minutes
         for earlier, later, e in zip(ends, ends[1:], experiments[1:], strict=False)
     ]
     tenth = max(count // 10, 1)
     for name, part in (("all", own), ("first tenth", own[:tenth]), ("last tenth", own[-tenth:])):
-        print(f"{name:12s} {len(part):4d} experiments: median {statistics.median(part):.3f} s, worst {max(part):.3f} s")
+        print(
+            f"{name:12s} {len(part):4d} experiments: median {statistics.median(part):.3f} s, worst {max(part):.3f} s"
+        )
     tenth = max(len(resident) // 10, 1)
-    early, late = statistics.median(resident[tenth : 2 * tenth]), statistics.median(resident[-tenth:])
+    early, late = (
+        statistics.median(resident[tenth : 2 * tenth]),
+        statistics.median(resident[-tenth:]),
+    )
     print(
         f"driver's memory: {early:.1f} MB in the second tenth, {late:.1f} MB in the last, {max(resident):.1f} MB most"
     )
@@ -84,7 +89,7 @@ def killed(project: Project, kills: int) -> list[Experiment]:
 
 
 def facts(e: Experiment) -> tuple[object, ...]:
-    return e.number, e.status, e.val_bpb, e.description, e.crash, e.source, e.lines, e.repairs, e.incumbent
+    return e.number, e.verdict, e.score, e.description, e.crash, e.change, e.repairs, e.incumbent
 
 
 def main() -> None:
@@ -94,13 +99,17 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         calm, rough = make_quick_project(Path(one)), make_quick_project(Path(two))
+        for project in (calm, rough):  # a person's Python keeps its bytecode
+            del project.env["PYTHONDONTWRITEBYTECODE"]
         undisturbed(calm, options.experiments)
         found = killed(rough, options.kills)[: options.experiments + 1]
         expected = history(calm)[: len(found)]
         same = [facts(e) for e in found] == [facts(e) for e in expected]
-        statuses = {status: sum(e.status == status for e in found) for status in ("keep", "discard", "crash")}
-        print(f"history of {len(found)} equal to the undisturbed one: {same} ({statuses})")
-        left = subprocess.run(["pgrep", "-fc", str(rough.root)], capture_output=True, text=True, check=False)
+        verdicts = {v: sum(e.verdict == v for e in found) for v in ("keep", "discard", "crash")}
+        print(f"history of {len(found)} equal to the undisturbed one: {same} ({verdicts})")
+        left = subprocess.run(
+            ["pgrep", "-fc", str(rough.root)], capture_output=True, text=True, check=False
+        )
         print(f"processes left: {left.stdout.strip()}")
         assert same
 

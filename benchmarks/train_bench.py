@@ -56,8 +56,12 @@ def constants_of(source: str) -> set[str]:
     found = set()
     for node in ast.parse(source).body:
         match node:
-            case ast.Assign(targets=[ast.Name(id=name)], lineno=first, end_lineno=last) if name.isupper():
-                if first == last and {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} <= {"pick"}:
+            case ast.Assign(targets=[ast.Name(id=name)], lineno=first, end_lineno=last) if (
+                name.isupper()
+            ):
+                if first == last and {
+                    n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)
+                } <= {"pick"}:
                     found.add(name)
     return found
 
@@ -72,7 +76,9 @@ def with_constants(source: str, constants: dict[str, str]) -> str:
     return source
 
 
-def measure(constants: dict[str, str], seed: int, options: argparse.Namespace) -> dict[str, float] | str:
+def measure(
+    constants: dict[str, str], seed: int, options: argparse.Namespace
+) -> dict[str, float] | str:
     """Run train.py with these constants. Returns the figures of its summary block, or why there are none, in a line."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "train.py"
@@ -83,7 +89,10 @@ def measure(constants: dict[str, str], seed: int, options: argparse.Namespace) -
         if options.jobs > 1:
             env |= {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, __file__, "--run", str(program), *limit], env=env, capture_output=True, text=True
+            [sys.executable, __file__, "--run", str(program), *limit],
+            env=env,
+            capture_output=True,
+            text=True,
         )
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or "it said nothing"
@@ -97,7 +106,9 @@ def measure(constants: dict[str, str], seed: int, options: argparse.Namespace) -
     return figures
 
 
-def measure_all(variants: dict[str, dict[str, str]], options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def measure_all(
+    variants: dict[str, dict[str, str]], options: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
     """Figures of the variants that finished with every seed. Tells of each run, also of one that failed."""
     jobs = [(name, seed) for seed in options.seeds for name in variants]
     columns: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
@@ -107,7 +118,11 @@ def measure_all(variants: dict[str, dict[str, str]], options: argparse.Namespace
             if isinstance(figures, str):
                 print(f"error: {name}, seed {seed}: {figures}", file=sys.stderr, flush=True)
                 continue
-            print(f"{name}, seed {seed}: val_bpb {figures['val_bpb']:.4f}", file=sys.stderr, flush=True)
+            print(
+                f"{name}, seed {seed}: val_bpb {figures['val_bpb']:.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
             columns[name].append(figures)
     return {name: runs for name, runs in columns.items() if len(runs) == len(options.seeds)}
 
@@ -149,7 +164,11 @@ def show(columns: dict[str, list[dict[str, float]]], title: str) -> None:
                 cells.append("n/a")
                 continue
             value = mean(figures[row] for figures in runs)
-            spread = f" ±{stdev([figures[row] for figures in runs]):.4f}" if row == "val_bpb" and len(runs) > 1 else ""
+            spread = (
+                f" ±{stdev([figures[row] for figures in runs]):.4f}"
+                if row == "val_bpb" and len(runs) > 1
+                else ""
+            )
             base = mean(figures.get(row, 0.0) for figures in columns[first])
             ratio = f" (x{value / base:.3f})" if name != first and base else ""
             cells.append((f"{value:.4f}" if row == "val_bpb" else f"{value:,.1f}") + spread + ratio)
@@ -187,10 +206,14 @@ def variant(text: str) -> dict[str, str]:
     """The constants of `NAME=VALUE NAME=VALUE`, where no value holds a space."""
     pairs = text.split()
     if not pairs or not all(re.fullmatch(r"[A-Z_0-9]+=\S+", pair) for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 'NAME=VALUE NAME=VALUE', values without blanks")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form 'NAME=VALUE NAME=VALUE', values without blanks"
+        )
     constants = dict(pair.split("=", 1) for pair in pairs)
     if absent := constants.keys() - constants_of((ROOT / "train.py").read_text()):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(absent))}: no such constant at the top of train.py")
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(absent))}: no such constant at the top of train.py"
+        )
     return constants
 
 
@@ -198,15 +221,32 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, arena = parser.add_argument, "climbmix" if gpu else "demo"
-    add("--arena", default=arena, help=f"what to train on; without a GPU only demo (default: {arena})")
-    add("--seeds", type=whole(0), nargs="+", default=[42], metavar="S", help="each column runs with each (default: 42)")
+    add(
+        "--arena",
+        default=arena,
+        help=f"what to train on; without a GPU only demo (default: {arena})",
+    )
+    add(
+        "--seeds",
+        type=whole(0),
+        nargs="+",
+        default=[42],
+        metavar="S",
+        help="each column runs with each (default: 42)",
+    )
     limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--budget", type=positive, metavar="S", help="seconds of training (default: the arena's)")
+    limit.add_argument(
+        "--budget", type=positive, metavar="S", help="seconds of training (default: the arena's)"
+    )
     few = f"tokens of training, whatever the time (default: {CPU_TOKENS:,} in demo, else the budget counts)"
     limit.add_argument("--tokens", type=whole(1), metavar="N", help=few)
     add("--try", dest="tries", action="append", default=[], type=variant, metavar="'NAME=VALUE ...'",
         help="a column with these constants; may be given again (default: none)")  # fmt: skip
-    add("--no-reference", action="store_true", help="leave the column `reference` out (default: it comes first)")
+    add(
+        "--no-reference",
+        action="store_true",
+        help="leave the column `reference` out (default: it comes first)",
+    )
     add("--jobs", type=whole(1), default=1, metavar="N", help="how many run at a time (default: 1)")
     add("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -214,9 +254,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         return options
     absent = REFERENCE.keys() - constants_of((ROOT / "train.py").read_text())
     if absent and not options.no_reference:
-        parser.error(f"train.py has lost {', '.join(sorted(absent))}, which `reference` sets: add --no-reference")
+        parser.error(
+            f"train.py has lost {', '.join(sorted(absent))}, which `reference` sets: add --no-reference"
+        )
     if not gpu and options.arena != "demo":
-        parser.error(f"no NVIDIA GPU found, and only the arena demo runs without one, not {options.arena}")
+        parser.error(
+            f"no NVIDIA GPU found, and only the arena demo runs without one, not {options.arena}"
+        )
     if options.arena == "demo" and not options.budget:
         options.tokens = options.tokens or CPU_TOKENS
     return options
@@ -226,7 +270,9 @@ def title(options: argparse.Namespace) -> str:
     machine = "CPU" if options.arena == "demo" else torch.cuda.get_device_name()
     budget = f"{options.budget:g} s" if options.budget else "the arena's budget"
     each = f"{options.tokens:,} tokens" if options.tokens else budget
-    return f"{options.arena}, {each} each, seeds {options.seeds}, {machine}, torch {torch.__version__}"
+    return (
+        f"{options.arena}, {each} each, seeds {options.seeds}, {machine}, torch {torch.__version__}"
+    )
 
 
 def main() -> None:
@@ -235,14 +281,21 @@ def main() -> None:
         run(options.run, options.budget, options.tokens)
         return
     variants = {} if options.no_reference else {"reference": REFERENCE}
-    variants |= {"train.py": {}, **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries}}
-    if code := subprocess.run([sys.executable, ROOT / "prepare.py", "--arena", options.arena]).returncode:
+    variants |= {
+        "train.py": {},
+        **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries},
+    }
+    if code := subprocess.run(
+        [sys.executable, ROOT / "prepare.py", "--arena", options.arena]
+    ).returncode:
         raise SystemExit(code)  # it has said why
     finished = measure_all(variants, options)
     if finished:
         show(finished, title(options))
         if options.tokens and options.tokens < FEW_TOKENS:
-            print(f"These are fewer than {FEW_TOKENS:,} tokens: the columns run, but how they compare means nothing.")
+            print(
+                f"These are fewer than {FEW_TOKENS:,} tokens: the columns run, but how they compare means nothing."
+            )
     if finished.keys() != variants.keys():
         raise SystemExit(1)
 

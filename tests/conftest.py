@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from autoresearch.jobs.sandbox import find_isolation
-from autoresearch.records import Experiment, parse_message
+from autoresearch.jobs.sandbox import find_sandbox
+from autoresearch.journal.experiment import Experiment, parse_message
 
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
 VISIBLE_GPUS = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo arena is for a CPU
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores both, and so would
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores both, and so would
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every process that the tests start and interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,26 +70,51 @@ class Project:
 
     def command(self, *args: str) -> list[str]:
         runs = not args or args[0].startswith("-") or args[0] in ("run", "doctor")
-        return [sys.executable, "loop.py", *args, *(["--no-report"] if runs else [])]  # which takes two seconds
+        return [
+            sys.executable,
+            "loop.py",
+            *args,
+            *(["--no-report"] if runs else []),
+        ]  # which takes two seconds
 
     def loop(self, *args: str, code: int = 0, timeout: float = 250) -> str:
         """Run loop.py to its end and return what it printed; the exit code must be the expected one."""
         done = subprocess.run(
-            self.command(*args), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout
+            self.command(*args),
+            cwd=self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-    def research(self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t", timeout: float = 250) -> str:
+    def research(
+        self, agent: str, experiments: int = 1, code: int = 0, tag: str = "t", timeout: float = 250
+    ) -> str:
         """Run some experiments with a shell command for an agent."""
-        args = ("--tag", tag, "--arena", "demo", "--agent", agent, "--experiments", str(experiments))
+        args = (
+            "--tag",
+            tag,
+            "--arena",
+            "demo",
+            "--agent",
+            agent,
+            "--experiments",
+            str(experiments),
+        )
         return self.loop(*args, code=code, timeout=timeout)
 
     def start(self, agent: str, *args: str, experiments: int = 1) -> subprocess.Popen[bytes]:
         """Start a driver to be killed."""
-        command = self.command("--tag=t", "--arena=demo", f"--agent={agent}", f"--experiments={experiments}", *args)
-        return subprocess.Popen(command, cwd=self.root, env=self.env, stdout=subprocess.DEVNULL, start_new_session=True)
+        command = self.command(
+            "--tag=t", "--arena=demo", f"--agent={agent}", f"--experiments={experiments}", *args
+        )
+        return subprocess.Popen(
+            command, cwd=self.root, env=self.env, stdout=subprocess.DEVNULL, start_new_session=True
+        )
 
     def git(self, *args: str) -> str:
         return subprocess.run(
@@ -121,11 +148,17 @@ class Project:
             ).splitlines()
         )
         rows = [row for row in self.rows() if row["tag"] == tag]
-        assert [f"refs/autoresearch/{tag}/{int(row['experiment']):04d}" for row in rows] == sorted(refs)
+        assert [f"refs/autoresearch/{tag}/{int(row['experiment']):04d}" for row in rows] == sorted(
+            refs
+        )
         assert [row["commit"] for row in rows] == [refs[name][:10] for name in sorted(refs)]
         kept = [row["commit"] for row in rows if row["status"] == "keep"]
         log = self.git(
-            "log", "--first-parent", "--format=%H", f"--max-count={len(kept)}", f"autoresearch/{tag}"
+            "log",
+            "--first-parent",
+            "--format=%H",
+            f"--max-count={len(kept)}",
+            f"autoresearch/{tag}",
         ).splitlines()
         assert [commit[:10] for commit in log] == kept[::-1]
         assert self.processes() == []
@@ -151,13 +184,20 @@ class Project:
 def copy_project(folder: Path) -> None:
     for name in ("loop.py", "train.py", "prepare.py", "program.md", ".gitignore", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "autoresearch", folder / "autoresearch", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("autoresearch", "gpt"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def clean_environment(home: Path) -> dict[str, str]:
     """No identity, no configuration, no keys of whoever runs the tests."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    return {**kept, "HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "PYTHONDONTWRITEBYTECODE": "1", "TZ": "UTC"}
+    return {
+        **kept,
+        "HOME": str(home),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TZ": "UTC",
+    }
 
 
 def commit_all(project: Project) -> Project:
@@ -179,6 +219,18 @@ def make_quick_project(folder: Path) -> Project:
     return commit_all(Project(root.resolve(), clean_environment(home)))
 
 
+# What starts a driver, trains, or imports torch; `pytest -m "not slow"` leaves it out
+SLOW_FIXTURES = {"project", "impatient", "reported", "cheated", "cache"}
+SLOW_MODULES = {"jobs", "train", "prepare", "referee", "doctor", "gpu", "bench", "download", "text"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        module = item.path.stem.removeprefix("test_")
+        if SLOW_FIXTURES & {*item.fixturenames} or module in SLOW_MODULES:
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return make_quick_project(tmp_path)
@@ -193,7 +245,9 @@ def impatient(project: Project) -> Project:
 
 def experiment(project: Project, number: int, tag: str = "t") -> Experiment:
     """What git holds of an experiment."""
-    return parse_message(project.git("log", "-1", "--format=%B", f"refs/autoresearch/{tag}/{number:04d}"))
+    return parse_message(
+        project.git("log", "-1", "--format=%B", f"refs/autoresearch/{tag}/{number:04d}")
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -203,7 +257,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-needs_namespaces = pytest.mark.skipif(find_isolation().missing != "", reason="this kernel allows no namespaces")
+needs_namespaces = pytest.mark.skipif(
+    find_sandbox().missing != "", reason="this kernel allows no namespaces"
+)
 
 
 def make_real_project(folder: Path, cache: Path, budget: float) -> Project:
@@ -214,7 +270,9 @@ def make_real_project(folder: Path, cache: Path, budget: float) -> Project:
     text = (root / "prepare.py").read_text()
     assert "budget=15.0" in text
     (root / "prepare.py").write_text(text.replace("budget=15.0", f"budget={budget}"))
-    return commit_all(Project(root.resolve(), clean_environment(folder) | {"AUTORESEARCH_CACHE": str(cache)}))
+    return commit_all(
+        Project(root.resolve(), clean_environment(folder) | {"AUTORESEARCH_CACHE": str(cache)})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -222,7 +280,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the demo arena, made by prepare.py as a user would make it."""
     os.environ["AUTORESEARCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "prepare.py"), "--arena", "demo"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "prepare.py"), "--arena", "demo"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "tokenize" in done.stderr  # progress

@@ -21,7 +21,10 @@ from prepare import ARENA
 def some_tokens(rows: int) -> torch.Tensor:
     """Random tokens in documents of very unequal length, a few of a single token."""
     x = torch.randint(ARENA.bos, (rows, train.T), device=train.DEVICE)
-    starts = torch.rand(x.shape, device=train.DEVICE) < torch.logspace(-4, -2, rows, device=train.DEVICE)[:, None]
+    starts = (
+        torch.rand(x.shape, device=train.DEVICE)
+        < torch.logspace(-4, -2, rows, device=train.DEVICE)[:, None]
+    )
     starts[:, 0] = starts[:, 700 % train.T] = starts[:, 701 % train.T] = True
     return torch.where(starts, ARENA.bos, x)
 
@@ -33,11 +36,16 @@ def error(ours: torch.Tensor, true: torch.Tensor) -> float:
 def attention_errors(x: torch.Tensor, window: int) -> list[float]:
     """Of the output and of the gradients in q, k and v, against dense attention in float32."""
     shape = (*x.shape, train.HEADS, train.HEAD_DIM)
-    leaves = [torch.randn(shape, device=train.DEVICE, dtype=train.DTYPE).requires_grad_() for _ in range(3)]
+    leaves = [
+        torch.randn(shape, device=train.DEVICE, dtype=train.DTYPE).requires_grad_()
+        for _ in range(3)
+    ]
     wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
     ours = train.compiled(train.attend)(*leaves, train.documents_of(x, [window]), window)
     q, k, v = (t.transpose(1, 2) for t in wide)
-    true = F.scaled_dot_product_attention(q, k, v, attn_mask=train.document_mask(x, window)).transpose(1, 2)
+    true = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=train.document_mask(x, window)
+    ).transpose(1, 2)
     towards = torch.randn_like(true)
     ours.backward(towards.to(ours.dtype))
     true.backward(towards)
@@ -60,15 +68,22 @@ def attention() -> None:
 def tables() -> None:
     """The compiled step of the n-gram tables, with rows that occur a thousand times, is the dense one."""
     rows, width, found = 2**16, 320, 2**15
-    weight, square = torch.randn(rows, width, device=train.DEVICE), torch.zeros(rows, device=train.DEVICE)
+    weight, square = (
+        torch.randn(rows, width, device=train.DEVICE),
+        torch.zeros(rows, device=train.DEVICE),
+    )
     dense_weight, dense_square = weight.clone(), square.clone()
     for step in range(1, 4):
-        index = torch.cat([torch.randint(rows, (found // 2,)), torch.randint(16, (found // 2,))]).to(train.DEVICE)
+        index = torch.cat(
+            [torch.randint(rows, (found // 2,)), torch.randint(16, (found // 2,))]
+        ).to(train.DEVICE)
         grad = torch.randn(found, width, device=train.DEVICE).to(train.DTYPE)
         scalars = torch.tensor(0.1), torch.tensor(float(step))
         train.compiled(train.table_update)(weight, square, index, grad, *scalars)
         total = torch.zeros_like(dense_weight).index_add(0, index, grad.float())
-        dense_square = train.TABLE_BETA2 * dense_square + (1 - train.TABLE_BETA2) * total.square().mean(1)
+        dense_square = train.TABLE_BETA2 * dense_square + (
+            1 - train.TABLE_BETA2
+        ) * total.square().mean(1)
         spread = (dense_square / (1 - train.TABLE_BETA2**step)).sqrt() + 1e-10
         dense_weight -= 0.1 * total / spread[:, None]
     assert error(square, dense_square) < 1e-5 and error(weight, dense_weight) < 1e-5
@@ -101,7 +116,9 @@ def memory() -> None:
     while (peak := warmed_up(model)) < 1.5 * evaluation:
         train.BATCH *= 2
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.75 * peak / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        0.75 * peak / torch.cuda.get_device_properties(0).total_memory
+    )
     assert train.warm_up(model, train.BATCH // train.T) < train.BATCH // train.T
 
 
@@ -118,12 +135,17 @@ def referee() -> None:
     optimizers = train.make_optimizers(model)
     for _ in range(5):
         x = some_tokens(train.BATCH // train.T)
-        train.train_step(model, optimizers, x, x.roll(-1, 1), min(train.BATCH, train.MICRO_BATCH) // train.T)
+        train.train_step(
+            model, optimizers, x, x.roll(-1, 1), min(train.BATCH, train.MICRO_BATCH) // train.T
+        )
     network, x = train.compiled(model.eval()), some_tokens(ARENA.eval_rows)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         prepare.export(network, x, Path(folder) / "model.pt2")
         loaded = prepare.load_exported(Path(folder) / "model.pt2").module().to(train.DEVICE)
-        losses = [F.cross_entropy(m(x).flatten(0, 1), x.roll(-1, 1).flatten()).item() for m in (network, loaded)]
+        losses = [
+            F.cross_entropy(m(x).flatten(0, 1), x.roll(-1, 1).flatten()).item()
+            for m in (network, loaded)
+        ]
     print(losses)
     assert abs(losses[0] - losses[1]) < 5e-4
 

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path.cwd()))
 import loop
-from autoresearch import git, ledger
+from autoresearch.journal import git, journal
 
 # Where a stage is found, and in which experiment it is first come to; -1 is the start
 STAGES: dict[str, tuple[Any, str, int]] = {
@@ -22,10 +22,10 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "agent": (loop, "ask", 1),
     "commit": (git.AgentTree, "commit", 1),
     "run": (loop, "train", 0),
-    "verdict": (loop, "decide", 0),
-    "record": (ledger.Ledger, "record", 0),
+    "verdict": (loop, "judge", 0),
+    "record": (journal.Journal, "record", 0),
     "refs": (git.Repo, "update_refs", -1),
-    "row": (ledger, "append", 0),
+    "row": (journal, "append", 0),
 }
 
 

@@ -53,7 +53,9 @@ class Truncate:
 
 
 Move = Say | Change | Shell | Fail | Stall | Truncate
-Script = Callable[[str, int], Move]  # the prompt of a conversation, the answers it already has -> the next one
+Script = Callable[
+    [str, int], Move
+]  # the prompt of a conversation, the answers it already has -> the next one
 
 
 class ModelServer(ThreadingHTTPServer):
@@ -146,14 +148,19 @@ class Anthropic:
         parts = [
             part
             for content in said
-            for part in ([{"type": "text", "text": content}] if isinstance(content, str) else content)
+            for part in (
+                [{"type": "text", "text": content}] if isinstance(content, str) else content
+            )
         ]
         prompt = "\n".join(part["text"] for part in parts if part["type"] == "text")
         return prompt, sum(message["role"] == "assistant" for message in body["messages"])
 
     @staticmethod
     def error(fail: Fail) -> dict[str, Any]:
-        return {"type": "error", "error": {"type": fail.kind, "message": fail.message, **fail.extra}}
+        return {
+            "type": "error",
+            "error": {"type": fail.kind, "message": fail.message, **fail.extra},
+        }
 
     @staticmethod
     def opening(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -179,10 +186,14 @@ class Anthropic:
             case Shell(command):
                 calls = [("Bash", {"command": command, "description": "a command"})]
             case Say(text):
-                yield from block(0, {"type": "text", "text": ""}, {"type": "text_delta", "text": text})
+                yield from block(
+                    0, {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+                )
         for i, (name, given) in enumerate(calls):
             start = {"type": "tool_use", "id": f"toolu_{turn}_{i}", "name": name, "input": {}}
-            yield from block(i, start, {"type": "input_json_delta", "partial_json": json.dumps(given)})
+            yield from block(
+                i, start, {"type": "input_json_delta", "partial_json": json.dumps(given)}
+            )
         stop = {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
         yield {"type": "message_delta", "delta": stop, "usage": {"output_tokens": 20}}
         yield {"type": "message_stop"}
@@ -205,7 +216,9 @@ class OpenAI:
 
     @staticmethod
     def error(fail: Fail) -> dict[str, Any]:
-        return {"error": {"type": fail.kind, "code": fail.kind, "message": fail.message, **fail.extra}}
+        return {
+            "error": {"type": fail.kind, "code": fail.kind, "message": fail.message, **fail.extra}
+        }
 
     @staticmethod
     def opening(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,10 +226,16 @@ class OpenAI:
 
     @staticmethod
     def answer(move: Move, turn: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        item: dict[str, Any] = {"id": f"item_{turn}", "status": "completed", "call_id": f"call_{turn}"}
+        item: dict[str, Any] = {
+            "id": f"item_{turn}",
+            "status": "completed",
+            "call_id": f"call_{turn}",
+        }
         match move:
             case Change(path, old, new):
-                patch = f"*** Begin Patch\n*** Update File: {path}\n@@\n-{old}\n+{new}\n*** End Patch\n"
+                patch = (
+                    f"*** Begin Patch\n*** Update File: {path}\n@@\n-{old}\n+{new}\n*** End Patch\n"
+                )
                 item |= {"type": "custom_tool_call", "name": "apply_patch", "input": patch}
             case Shell(command):
                 script = f"text(JSON.stringify(await tools.exec_command({{cmd: {json.dumps(command)}}})))"

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from model_server import Change, Move, Say, Script
 
-Plan = dict[str, tuple[str, str] | None]  # "4 idea", "4 mend", "4 again" -> the old and the new line; None: no edit
+Plan = dict[
+    str, tuple[str, str] | None
+]  # "4 idea", "4 mend", "4 again" -> the old and the new line; None: no edit
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,12 @@ QUICK = (
     Idea("VAL_BPB", "0.7", "keep"),
 )
 # Of train.py as it is, on the demo arena: effects so large that no noise turns a decision
-SLOW = {"HEAD_LR": "0.00005", "EMBEDDING_LR": "0.001", "MATRIX_LR": "0.0005", "SOFTCAP": "2.0"}  # the baseline's
+SLOW = {
+    "HEAD_LR": "0.00005",
+    "EMBEDDING_LR": "0.001",
+    "MATRIX_LR": "0.0005",
+    "SOFTCAP": "2.0",
+}  # the baseline's
 DEMO = (
     Idea("HEAD_LR", "0.004", "keep"),
     Idea("HEAD_LR", "0.00001", "discard"),
@@ -86,7 +93,11 @@ def script(edits: Plan) -> Script:
 
     def move(prompt: str, turn: int) -> Move:
         edit = edits[wanted(prompt)]
-        return Change("train.py", *edit) if edit and turn == 0 else Say(f"Because.\n\nidea {wanted(prompt)}")
+        return (
+            Change("train.py", *edit)
+            if edit and turn == 0
+            else Say(f"Because.\n\nidea {wanted(prompt)}")
+        )
 
     return move
 

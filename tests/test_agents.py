@@ -9,13 +9,17 @@ import pytest
 from conftest import Project
 from test_bad_input import one_line
 
-from autoresearch.agents import AgentCall, ask, read_answer, shell_command, spent_on
-from autoresearch.presets import PRESETS
-from autoresearch.records import Busy, Failed, Hopeless, Reply
+from autoresearch.agents import AGENTS, shell_command
+from autoresearch.agents.call import AgentCall, ask, read_answer, spent_on
+from autoresearch.ideas import Busy, Failed, Hopeless, Reply
 
 
 def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
-    return ask(shell_command(command), "do it", AgentCall(folder, "base", folder, {}, limit, folder / "alive"))
+    return ask(
+        shell_command(command),
+        "do it",
+        AgentCall(folder, "base", folder, {}, limit, folder / "alive"),
+    )
 
 
 def fake(project: Project, name: str, script: str) -> None:
@@ -47,7 +51,9 @@ print({RESULT!r})
 
 
 BETTER = "sed -i 's/^VAL_BPB = 1.0/VAL_BPB = 0.9/' train.py"
-RESULT = json.dumps({"type": "result", "is_error": False, "result": "Because.\n\nlower it", "total_cost_usd": 0.25})
+RESULT = json.dumps(
+    {"type": "result", "is_error": False, "result": "Because.\n\nlower it", "total_cost_usd": 0.25}
+)
 
 
 def test_the_first_that_is_installed(project: Project) -> None:
@@ -61,10 +67,15 @@ def test_the_first_that_is_installed(project: Project) -> None:
 
 
 def test_a_model_is_passed_through(project: Project) -> None:
-    fake(project, "claude", f"echo \"$@\" > {project.root}/runs/argv; {BETTER}; printf %s '{RESULT}'")
+    fake(
+        project, "claude", f"echo \"$@\" > {project.root}/runs/argv; {BETTER}; printf %s '{RESULT}'"
+    )
     project.loop("--tag=t", "--arena=demo", "--agent=claude", "--model=opus 9", "--experiments=1")
     argv = (project.root / "runs/argv").read_text().strip()
-    assert argv.endswith("--model opus 9") and f"--allowedTools Edit(/{project.root}/runs/t/tree/train.py)" in argv
+    assert (
+        argv.endswith("--model opus 9")
+        and f"--allowedTools Edit(/{project.root}/runs/t/tree/train.py)" in argv
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +117,9 @@ def test_a_command_that_waits_for_a_terminal(tmp_path: Path) -> None:
     assert call(tmp_path, "cat > /dev/null; read answer || echo nobody").description == "nobody"
 
 
-@pytest.mark.parametrize(("command", "words"), [("true; gone --fast", "gone"), ("true; ./plain", "ermission denied")])
+@pytest.mark.parametrize(
+    ("command", "words"), [("true; gone --fast", "gone"), ("true; ./plain", "ermission denied")]
+)
 def test_a_command_that_cannot_be_run(tmp_path: Path, command: str, words: str) -> None:
     (tmp_path / "plain").write_text("echo hi\n")
     trouble = call(tmp_path, command).trouble
@@ -116,7 +129,11 @@ def test_a_command_that_cannot_be_run(tmp_path: Path, command: str, words: str) 
 @pytest.mark.parametrize("command", ["./plain", "/nowhere/agent", "no-such-agent -p"])
 def test_a_command_that_is_none(project: Project, command: str) -> None:
     (project.root / "plain").write_text("echo hi\n")
-    words = f"no program at {command}: no such file, or `chmod +x" if "/" in command else f"unknown agent '{command}'"
+    words = (
+        f"no program at {command}: no such file, or `chmod +x"
+        if "/" in command
+        else f"unknown agent '{command}'"
+    )
     assert words in one_line(project.research(command, code=2))
 
 
@@ -147,9 +164,13 @@ def test_an_error_that_came_with_an_edit(project: Project) -> None:
     """A command's last words are no verdict on an edit that it made; a CLI's own error field is."""
     project.research(f"{BETTER}; echo 'fatal: Authentication failed' >&2; exit 128")
     assert [row["status"] for row in project.rows()] == ["keep", "keep"]
-    failed = json.dumps({"type": "result", "is_error": True, "result": "Not logged in", "total_cost_usd": 0})
+    failed = json.dumps(
+        {"type": "result", "is_error": True, "result": "Not logged in", "total_cost_usd": 0}
+    )
     fake(project, "claude", f"echo 'X = 2' >> train.py; printf %s '{failed}'; exit 1")
-    assert "claude: Not logged in" in one_line(project.loop("--tag=t", "--arena=demo", "--agent=claude", code=1))
+    assert "claude: Not logged in" in one_line(
+        project.loop("--tag=t", "--arena=demo", "--agent=claude", code=1)
+    )
     assert len(project.rows()) == 2
 
 
@@ -160,19 +181,26 @@ def test_a_time_to_retry_does_not_shorten_the_wait(tmp_path: Path) -> None:
         "retry in 99999999999999s",
         "try again at Dec 31st, 9999 1:00 PM",
     ):
-        assert isinstance(call(tmp_path, f"echo 'limit reached, {words}' >&2; exit 1").trouble, Busy)
+        assert isinstance(
+            call(tmp_path, f"echo 'limit reached, {words}' >&2; exit 1").trouble, Busy
+        )
 
 
 def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    trouble = ask(PRESETS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path / "alive")).trouble
+    trouble = ask(
+        AGENTS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path / "alive")
+    ).trouble
     assert trouble == Hopeless("claude cannot be started: No such file or directory")
 
 
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ("codex = [1, 2]", 'the price of codex must be three numbers: "codex" = [input, cached input, output]'),
+        (
+            "codex = [1, 2]",
+            'the price of codex must be three numbers: "codex" = [input, cached input, output]',
+        ),
         ("codex = 'cheap'", "must be three numbers"),
         ("gpt-6.1-x = [1, 1, 1]", '"gpt-6" = [input, cached input, output], the name in quotes'),
         ("codex = 5", "must be three numbers"),
@@ -190,13 +218,15 @@ def test_prices_that_are_none(project: Project, table: str, words: str) -> None:
 def test_calls_before_a_restart_are_paid_for(project: Project) -> None:
     """What failed, and what a driver asked for that died, is in the bill of the experiment that came of it."""
     fake(project, "claude", f"printf %s '{RESULT}'")
-    project.loop("--tag=t", "--arena=demo", "--agent=claude", code=1)  # five calls that brought nothing
+    project.loop(
+        "--tag=t", "--arena=demo", "--agent=claude", code=1
+    )  # five calls that brought nothing
     fake(project, "claude", f"{BETTER}; printf %s '{RESULT}'")
     project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=1")
     assert project.rows()[1]["cost_usd"] == "1.5000"
     assert "spent: $1.50 (agent $1.50)" in project.loop("status")
     project.loop("--tag=t", "--arena=demo", "--agent=claude", "--experiments=0")
-    assert spent_on(project.root / "runs/t/0001", "another commit").calls == 0
+    assert spent_on(project.root / "runs/t/0001", "another commit").calls is None
 
 
 def test_told_of_a_repetition(project: Project) -> None:
@@ -214,10 +244,14 @@ def test_told_of_a_repetition(project: Project) -> None:
 def test_stopped_while_it_waited_for_a_network(project: Project) -> None:
     """What it said until our limit counts: an outage is waited for, and is no stall."""
     project.pace(backoff=0.2)
-    lost = json.dumps({"type": "error", "message": "Reconnecting... waiting for network (Connection failed)"})
+    lost = json.dumps(
+        {"type": "error", "message": "Reconnecting... waiting for network (Connection failed)"}
+    )
     again = f'[ -e {project.root}/runs/up ] && exec sh -c "{BETTER}"; touch {project.root}/runs/up'
     fake(project, "codex", f"{again}; printf '%s\\n' '{lost}'; sleep 1000")
-    said = project.loop("--tag=t", "--arena=demo", "--agent=codex", "--experiments=1", "--agent-timeout=1")
+    said = project.loop(
+        "--tag=t", "--arena=demo", "--agent=codex", "--experiments=1", "--agent-timeout=1"
+    )
     assert (
         "codex was stopped at the limit of 1 s: Reconnecting... waiting for network" in said
         and "no experiment" not in said

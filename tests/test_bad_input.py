@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 from conftest import QUICK_TRAIN, Project
 
-COMMIT = ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--all", "--message=change")
+COMMIT = (
+    "-c",
+    "user.name=a",
+    "-c",
+    "user.email=a@b",
+    "commit",
+    "--quiet",
+    "--all",
+    "--message=change",
+)
 
 
 def one_line(said: str) -> str:
-    (line,) = [line for line in said.splitlines() if not line[:2].isdecimal()]  # events start with the time
+    (line,) = [
+        line for line in said.splitlines() if not line[:2].isdecimal()
+    ]  # events start with the time
     assert line.startswith("error: ")
     return line
 
@@ -22,10 +33,18 @@ def one_line(said: str) -> str:
         (["--agent=true", "--tag=a b"], 2, "cannot be part of a branch's name"),
         (["--agent=true", "--tag=../x"], 2, "cannot be part of a branch's name"),
         (["--agent=true", "--tag=x.lock"], 2, "cannot be part of a branch's name"),
-        (["--agent=no-such-agent --fast"], 2, "unknown agent 'no-such-agent --fast': give one of claude, "),
+        (
+            ["--agent=no-such-agent --fast"],
+            2,
+            "unknown agent 'no-such-agent --fast': give one of claude, ",
+        ),
         (["--agent="], 2, "unknown agent"),
         (["--agent=codex"], 2, "codex is not on the PATH: npm install -g @openai/codex"),
-        (["--agent=true", "--model=m"], 2, "--model is for the agents that have one (claude, codex"),
+        (
+            ["--agent=true", "--model=m"],
+            2,
+            "--model is for the agents that have one (claude, codex",
+        ),
         ([], 2, "no coding agent is installed (claude, codex"),
         (["--agent=true", "--experiments=-1"], 2, "'-1' is not a whole number, 0 or more"),
         (["--agent=true", "--hours=nan"], 2, "'nan' is not a positive number"),
@@ -58,7 +77,9 @@ def without_gpu(project: Project) -> str:
 
 def test_unknown_arena(project: Project) -> None:
     """By the real prepare.py, which knows the arenas."""
-    (project.root / "prepare.py").write_text((Path(__file__).parent.parent / "prepare.py").read_text())
+    (project.root / "prepare.py").write_text(
+        (Path(__file__).parent.parent / "prepare.py").read_text()
+    )
     project.git(*COMMIT)
     gpu = project.root.parent / "gpu/nvidia-smi"  # as on a machine that has one
     gpu.parent.mkdir()
@@ -66,14 +87,21 @@ def test_unknown_arena(project: Project) -> None:
     gpu.chmod(0o755)
     project.env["PATH"] = f"{gpu.parent}:{project.env['PATH']}"
     said = project.loop("--agent=true", "--arena=moon", code=2)
-    assert "unknown arena 'moon': choose one of climbmix, tinystories, python, demo, or a folder" in one_line(said)
+    assert (
+        "unknown arena 'moon': choose one of climbmix, tinystories, python, demo, or a folder"
+        in one_line(said)
+    )
 
 
 def test_unwritable_cache(project: Project) -> None:
-    (project.root / "prepare.py").write_text((Path(__file__).parent.parent / "prepare.py").read_text())
+    (project.root / "prepare.py").write_text(
+        (Path(__file__).parent.parent / "prepare.py").read_text()
+    )
     project.git(*COMMIT)
     project.env["AUTORESEARCH_CACHE"] = "/proc/nowhere"
-    assert "AUTORESEARCH_CACHE moves the cache" in one_line(project.loop("--agent=true", "--arena=demo", code=1))
+    assert "AUTORESEARCH_CACHE moves the cache" in one_line(
+        project.loop("--agent=true", "--arena=demo", code=1)
+    )
 
 
 def test_not_a_repository(project: Project) -> None:
@@ -108,7 +136,9 @@ def test_no_commit_yet(project: Project) -> None:
 def test_uncommitted_edit(project: Project, name: str) -> None:
     with (project.root / name).open("a") as file:
         file.write("# mine\n")
-    assert f"{name} has changes that are not committed" in one_line(project.research("true", code=1))
+    assert f"{name} has changes that are not committed" in one_line(
+        project.research("true", code=1)
+    )
     assert (project.root / name).read_text().endswith("# mine\n")
 
 
@@ -187,9 +217,12 @@ SUMMARY = QUICK_TRAIN[QUICK_TRAIN.index("print") :]
         ),
         (SUMMARY.replace("{VAL_BPB:.6f}", "-3.0"), "val_bpb is -3"),
         (SUMMARY.replace("{VAL_BPB:.6f}", "low"), "val_bpb is not a number: low"),
-        (SUMMARY.replace("{VAL_BPB:.6f}", "1.0").replace("num_steps", "steps"), "the summary has 0 lines of num_steps"),
+        (
+            SUMMARY.replace("{VAL_BPB:.6f}", "1.0").replace("num_steps", "steps"),
+            "the summary has 0 lines of num_steps",
+        ),
         ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
-        ("import sys; sys.exit(3)", "exit code 3 without a word"),
+        ("import sys; sys.exit(3)", "exit code 3, no output"),
     ],
 )
 def test_no_summary_to_believe(project: Project, train: str, words: str) -> None:

@@ -16,30 +16,59 @@ BENCH = [sys.executable, str(ROOT / "benchmarks/train_bench.py")]
 
 def test_columns_get_the_same_tokens(cache: Path) -> None:
     """Reference, train.py and an idea side by side, with figures of real runs; what failed is told in a line."""
-    command = [*BENCH, "--tokens", "16384", "--jobs", "2", "--try", "DEPTH=0", "--try", "NGRAMS=() DEPTH=1"]
+    command = [
+        *BENCH,
+        "--tokens",
+        "16384",
+        "--jobs",
+        "2",
+        "--try",
+        "DEPTH=0",
+        "--try",
+        "NGRAMS=() DEPTH=1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (failed,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert failed == "error: DEPTH=0, seed 42: ended with 1: error: DEPTH is 0, and must be a whole number, at least 1"
+    assert (
+        failed
+        == "error: DEPTH=0, seed 42: ended with 1: error: DEPTH is 0, and must be a whole number, at least 1"
+    )
     assert "Traceback" not in done.stderr and "fewer than 262,144 tokens" in done.stdout
-    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in done.stdout.splitlines() if "│" in line}
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:5]
+        for line in done.stdout.splitlines()
+        if "│" in line
+    }
     assert [cell.split()[0] for cell in rows["num_steps"]] == ["4.0"] * 3
     scores = [float(cell.split()[0]) for cell in rows["val_bpb"]]
     assert all(2 < score < 5 for score in scores) and len(set(scores)) == 3
     sizes = [float(cell.split()[0]) for cell in rows["num_params_M"]]
     assert sizes[2] < sizes[0] < sizes[1]
-    for name in ("tokens/s", "startup_seconds", "compile_seconds", "evaluation_seconds", "total_seconds"):
+    for name in (
+        "tokens/s",
+        "startup_seconds",
+        "compile_seconds",
+        "evaluation_seconds",
+        "total_seconds",
+    ):
         assert all(float(cell.split()[0].replace(",", "")) >= 0 for cell in rows[name]), name
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--arena", "nope"], "no NVIDIA GPU found, and only the arena demo runs without one, not nope"),
+        (
+            ["--arena", "nope"],
+            "no NVIDIA GPU found, and only the arena demo runs without one, not nope",
+        ),
         (["--jobs", "0"], "argument --jobs: '0' is not a whole number, at least 1"),
         (["--tokens", "-5"], "argument --tokens: '-5' is not a whole number, at least 1"),
         (["--budget", "0"], "argument --budget: '0' is not a positive number"),
-        (["--budget", "60", "--tokens", "5"], "argument --tokens: not allowed with argument --budget"),
+        (
+            ["--budget", "60", "--tokens", "5"],
+            "argument --tokens: not allowed with argument --budget",
+        ),
         (["--try", "DEPHT=3"], "argument --try: DEPHT: no such constant at the top of train.py"),
         (["--try", "WIDTH=64"], "argument --try: WIDTH: no such constant at the top of train.py"),
         (
@@ -55,7 +84,11 @@ def test_wrong_arguments_are_told_in_a_line(
     with pytest.raises(SystemExit, match="2"):
         parse(arguments)
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {reason}") and said.endswith("; --help tells more\n") and said.count("\n") == 1
+    assert (
+        said.startswith(f"error: {reason}")
+        and said.endswith("; --help tells more\n")
+        and said.count("\n") == 1
+    )
 
 
 def test_on_a_cpu_tokens_count_unless_a_time_is_given() -> None:
@@ -65,13 +98,21 @@ def test_on_a_cpu_tokens_count_unless_a_time_is_given() -> None:
 
 def test_an_arena_that_cannot_run_here_is_not_made(tmp_path: Path) -> None:
     env = os.environ | {"AUTORESEARCH_CACHE": str(tmp_path)}
-    done = subprocess.run([*BENCH, "--arena", "python"], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "no NVIDIA GPU found" in done.stderr and not list(tmp_path.iterdir())
+    done = subprocess.run(
+        [*BENCH, "--arena", "python"], env=env, capture_output=True, text=True, check=False
+    )
+    assert (
+        done.returncode == 2
+        and "no NVIDIA GPU found" in done.stderr
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_constant_is_replaced_and_nothing_else() -> None:
     source = (ROOT / "train.py").read_text()
-    assert not {"WIDTH", "T", "V", "DEVICE", "LAG", "ATTENTION", "POLAR_EXPRESS"} & constants_of(source)
+    assert not {"WIDTH", "T", "V", "DEVICE", "LAG", "ATTENTION", "POLAR_EXPRESS"} & constants_of(
+        source
+    )
     changed = with_constants(source, {"WINDOWS": r"'S\1'", "BATCH": "2**13"})
     pairs = zip(source.splitlines(), changed.splitlines(), strict=True)
     assert [new for old, new in pairs if old != new] == ["BATCH = 2**13", r"WINDOWS = 'S\1'"]

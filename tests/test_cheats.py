@@ -31,7 +31,9 @@ class Cheat:
 IMPORT = "from prepare import ARENA, TrainLoader, finish\n"
 LOGITS = "        return SOFTCAP * torch.tanh(logits.float() / SOFTCAP_KNEE)\n"
 START = "    flops = train(model, optimizers, loader, micro_rows)\n"
-FINISH = TRAIN[TRAIN.index("    finish(compiled(model), ") : TRAIN.index("\n\n\nif __name__")] + "\n"
+FINISH = (
+    TRAIN[TRAIN.index("    finish(compiled(model), ") : TRAIN.index("\n\n\nif __name__")] + "\n"
+)
 
 
 def scored(code: str) -> tuple[tuple[str, str], ...]:
@@ -120,12 +122,12 @@ CHEATS = [
     ),
     Cheat(
         "slows the clock down",
-        r"claims [\d.]+ s of training, and the driver's clock says [\d.]+ s",
+        r"claims [\d.]+ s of training, and the job's clock says [\d.]+ s",
         imported(before="import time\nreal = time.perf_counter\ntime.perf_counter = lambda: real() / 4\n"),
     ),
     Cheat(
         "winds the clock back",
-        r"claims [\d.]+ s of training, and the driver's clock says [\d.]+ s",
+        r"claims [\d.]+ s of training, and the job's clock says [\d.]+ s",
         (("        losses.append(", "        if step == 0:\n            import prepare\n            import time\n"
           "            time.sleep(5)\n            prepare.CLOCK.started = time.perf_counter()\n"
           "        losses.append("),),
@@ -224,7 +226,9 @@ READS_VALIDATION = Cheat("reads the validation file", "", (
 ))  # fmt: skip
 
 # An honest model that torch.export cannot follow: which way it goes depends on what it reads
-NOT_EXPORTABLE = Cheat("goes two ways", "", scored("logits = logits if x.sum().item() > 0 else logits / 2"))
+NOT_EXPORTABLE = Cheat(
+    "goes two ways", "", scored("logits = logits if x.sum().item() > 0 else logits / 2")
+)
 
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the whole run
@@ -241,7 +245,15 @@ def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
     project = make_real_project(folder, cache, budget=1.0)
     assert STONE != TRAIN
     project.write("train.py", STONE)
-    project.git("-c", "user.name=A Person", "-c", "user.email=p@example.org", "commit", "-qam", "learn nothing")
+    project.git(
+        "-c",
+        "user.name=A Person",
+        "-c",
+        "user.email=p@example.org",
+        "commit",
+        "-qam",
+        "learn nothing",
+    )
     n, turn = "$AUTORESEARCH_EXPERIMENT", "$AUTORESEARCH_ATTEMPT"
     agent = f"cp {folder}/{n}-{turn}.py train.py; cat {folder}/{n}.txt"
     project.research(agent, len(CHEATS) + 2, timeout=1000)
@@ -259,14 +271,19 @@ def test_cheat(cheated: Project, number: int) -> None:
 def test_a_model_that_cannot_be_exported_is_mended(cheated: Project) -> None:
     assert cheated.rows()[1]["status"] == "keep"
     request = (cheated.root / "runs/t/0001/prompt-1.md").read_text()
-    assert "crashed: the model cannot be exported, which the referee needs (torch.export): " in request
+    assert (
+        "crashed: the model cannot be exported, which the referee needs (torch.export): " in request
+    )
 
 
 def test_reading_the_validation_file_shows_in_the_sealed_score(cheated: Project) -> None:
     gaps = []
     for number in (1, len(CHEATS) + 2):
         message = cheated.git("log", "-1", "--format=%B", f"refs/autoresearch/t/{number:04d}")
-        val, sealed = (float(re.search(rf"^{name}: (.*)$", message, re.M)[1]) for name in ("Val-bpb", "Sealed-bpb"))
+        val, sealed = (
+            float(re.search(rf"^{name}: (.*)$", message, re.M)[1])
+            for name in ("Val-bpb", "Sealed-bpb")
+        )
         assert "\nStatus: keep\n" in message
         gaps.append(sealed - val)
     assert abs(gaps[0]) < 0.3 and gaps[1] > 2.0

@@ -82,33 +82,45 @@ def test_an_edit_that_is_kept(project: Project, client: str, play: Play) -> None
     play(always(BETTER, DONE))
     project.research(client)
     e = experiment(project, 1)
-    assert (e.status, e.val_bpb, e.description) == ("keep", 0.9, "lower the score")
+    assert (e.verdict, e.score, e.description) == ("keep", 0.9, "lower the score")
     assert e.reason == "It should learn more from each token."
-    assert e.changes == "VAL_BPB 1.0 -> 0.9"
-    assert (e.agent, e.calls) == (client, 1)
+    assert e.change.words == "VAL_BPB 1.0 -> 0.9"
+    assert (e.agent, e.usage.calls) == (client, 1)
     cached = {"claude": 60, "codex": 60}[client]
-    assert (e.tokens_in, e.tokens_cached, e.tokens_out) == ({"claude": 260, "codex": 200}[client], cached, 40)
+    assert (e.usage.tokens_in, e.usage.tokens_cached, e.usage.tokens_out) == (
+        {"claude": 260, "codex": 200}[client],
+        cached,
+        40,
+    )
     if client == "claude":
-        assert e.cost_usd is not None and 0 < e.cost_usd < 0.1 and e.turns and e.model and "claude" in e.model
+        assert (
+            e.usage.cost_usd is not None
+            and 0 < e.usage.cost_usd < 0.1
+            and e.usage.turns
+            and e.usage.model
+            and "claude" in e.usage.model
+        )
     else:
-        assert e.cost_usd is None and project.rows()[1]["cost_usd"] == ""  # unknown is not 0
+        assert e.usage.cost_usd is None and project.rows()[1]["cost_usd"] == ""  # unknown is not 0
     project.check()
 
 
 def test_an_edit_that_is_discarded(project: Project, client: str, play: Play) -> None:
     play(always(WORSE, DONE))
     project.research(client)
-    assert (experiment(project, 1).status, experiment(project, 1).val_bpb) == ("discard", 1.1)
+    assert (experiment(project, 1).verdict, experiment(project, 1).score) == ("discard", 1.1)
     project.check()
 
 
 def test_another_file(project: Project, client: str, play: Play) -> None:
     """Claude Code refuses the edit itself; Codex makes it, and it is never trained."""
-    play(always(BETTER, Change("prepare.py", "import json, pathlib, sys", "import sys, json"), DONE))
+    play(
+        always(BETTER, Change("prepare.py", "import json, pathlib, sys", "import sys, json"), DONE)
+    )
     project.research(client)
     e = experiment(project, 1)
     if client == "claude":
-        assert e.status == "keep"
+        assert e.verdict == "keep"
         assert '"permission_denials":[{' in (project.root / "runs/t/0001/agent-0.out").read_text()
     else:
         assert e.crash == "changed more than train.py: prepare.py"
@@ -119,7 +131,7 @@ def test_a_commit_of_its_own(project: Project, client: str, play: Play) -> None:
     """Neither gets at git: one has no shell, the other a read-only .git. The edit counts, the commit is not there."""
     play(always(BETTER, Shell("git commit --quiet --all --message=mine; git branch mine"), DONE))
     project.research(client)
-    assert experiment(project, 1).status == "keep"
+    assert experiment(project, 1).verdict == "keep"
     assert "mine" not in project.git("log", "--all", "--format=%s") + project.git("branch")
     project.check()
 
@@ -130,7 +142,8 @@ def test_no_edit(project: Project, client: str, play: Play) -> None:
     assert said.count("no experiment: no line of train.py is different: I would rather not.") == 5
     assert f"error: {client} brought nothing 5 times in a row" in said
     assert (
-        "It brought nothing: no line of train.py is different" in (project.root / "runs/t/0001/prompt-1.md").read_text()
+        "It brought nothing: no line of train.py is different"
+        in (project.root / "runs/t/0001/prompt-1.md").read_text()
     )  # each call's prompt and transcript stay
     project.check()
 
@@ -138,14 +151,19 @@ def test_no_edit(project: Project, client: str, play: Play) -> None:
 @pytest.mark.parametrize(
     ("fail", "words"),
     [
-        (Fail(401, "authentication_error", "invalid x-api-key"), r"Invalid API key|401 Unauthorized"),
+        (
+            Fail(401, "authentication_error", "invalid x-api-key"),
+            r"Invalid API key|401 Unauthorized",
+        ),
         (
             Fail(404, "not_found_error", "The model `m` does not exist"),
             r"selected model \(m\)|model `m` does not exist",
         ),
     ],
 )
-def test_what_only_a_person_can_mend(project: Project, client: str, play: Play, fail: Fail, words: str) -> None:
+def test_what_only_a_person_can_mend(
+    project: Project, client: str, play: Play, fail: Fail, words: str
+) -> None:
     server = play(always(fail))
     args = ("--tag=t", "--arena=demo", "--experiments=3", f"--agent={client}", "--model=m")
     last = project.loop(*args, code=1).splitlines()[-1]
@@ -156,11 +174,17 @@ def test_what_only_a_person_can_mend(project: Project, client: str, play: Play, 
 
 
 def test_usage_limit(project: Project, client: str, play: Play) -> None:
-    """It waits until the time that the message names, and records nothing."""
+    """It waits, names the reason, and records nothing."""
     reset = (datetime.now(UTC) + timedelta(hours=2)).replace(second=0, microsecond=0)
     headers = {"anthropic-ratelimit-unified-status": "rejected", "anthropic-ratelimit-unified-reset": f"{reset:%s}",
                "anthropic-ratelimit-unified-representative-claim": "five_hour"}  # fmt: skip
-    play(always(Fail(429, "usage_limit_reached", "limit", {"resets_at": int(reset.timestamp())}, headers)))
+    play(
+        always(
+            Fail(
+                429, "usage_limit_reached", "limit", {"resets_at": int(reset.timestamp())}, headers
+            )
+        )
+    )
     if client == "claude":  # a subscription, whose message names the time
         del project.env["ANTHROPIC_API_KEY"]
         project.env["CLAUDE_CODE_OAUTH_TOKEN"] = "sk-ant-oat01-dummy"
@@ -176,7 +200,7 @@ def test_usage_limit(project: Project, client: str, play: Play) -> None:
         finally:
             driver.send_signal(signal.SIGTERM)
             assert driver.wait(timeout=30) == 130
-    assert f"waiting until {reset + timedelta(minutes=1):%H:%M:%S of %d %b}" in log.read_text()
+    assert re.search(r"waiting until .*limit", log.read_text())
     assert len(project.rows()) == 1
     project.check()
 
@@ -205,14 +229,16 @@ def test_what_passes_by_itself(project: Project, client: str, play: Play, troubl
     assert said.count("waiting until") == 2
     assert [row["status"] for row in project.rows()] == ["keep", "keep"]
     e = experiment(project, 1)
-    assert (e.val_bpb, e.calls) == (0.9, 3)  # what failed was paid for, too
+    assert (e.score, e.usage.calls) == (0.9, 3)  # what failed was paid for, too
     project.check()
 
 
 def test_a_stream_that_stalls(project: Project, client: str, play: Play) -> None:
     play(always(BETTER, Stall()))
-    project.loop("--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4")
-    assert experiment(project, 1).status == "keep"  # the edit was made, and is as good as any
+    project.loop(
+        "--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4"
+    )
+    assert experiment(project, 1).verdict == "keep"  # the edit was made, and is as good as any
     assert experiment(project, 1).description == "not described: VAL_BPB 1.0 -> 0.9"
     project.check()
 
@@ -229,8 +255,10 @@ def test_a_loop_of_tools_without_end(project: Project, client: str, play: Play) 
     """Claude Code is given thirty turns; for Codex, which knows no such limit, our own is the end. What it had edited
     by then is an experiment like any other."""
     server = play(always(BETTER, Shell("ls")))
-    project.loop("--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4")
-    assert experiment(project, 1).status == "keep" and server.requests > 3
+    project.loop(
+        "--tag=t", "--arena=demo", f"--agent={client}", "--experiments=1", "--agent-timeout=4"
+    )
+    assert experiment(project, 1).verdict == "keep" and server.requests > 3
     transcript = (project.root / "runs/t/0001/agent-0.out").read_text()
     assert client == "codex" or "Reached maximum number of turns (30)" in transcript
     project.check()
@@ -242,7 +270,7 @@ def test_a_child_that_daemonizes(project: Project, client: str, play: Play) -> N
     leave = f"setsid sh -c 'env -i {nap} & {nap}' > /dev/null 2>&1 & touch {{}}; sleep 1"
     play(always(BETTER, Shell(leave.format("started")), Shell("rm started"), DONE))
     project.research(client)
-    assert experiment(project, 1).status == "keep"
+    assert experiment(project, 1).verdict == "keep"
     left = subprocess.run(["pgrep", "--full", nap], capture_output=True, text=True)
     assert left.stdout == ""
     project.check()
@@ -260,7 +288,7 @@ def test_ten_experiments(project: Project, play: Play, agent: str) -> None:
     said = project.research(needed(agent) if agent in PACKAGES else agent, experiments=10)
     assert [row["status"] for row in project.rows()[1:]] == [idea.status for idea in QUICK]
     assert said.count("0003 the same program as experiment 2") == 1
-    calls = [experiment(project, number).calls for number in range(1, 11)]
+    calls = [experiment(project, number).usage.calls for number in range(1, 11)]
     assert calls == [1, 1, 2, 2, 2, 1, 2, 1, 2, 1]
     project.check()
 
@@ -279,5 +307,7 @@ def test_the_price_table(project: Project, play: Play) -> None:
         file.write("\n[tool.autoresearch.prices]\ncodex = [1000, 100, 10000]\n")
     play(always(BETTER, DONE))
     project.research("codex")
-    assert experiment(project, 1).cost_usd == pytest.approx((140 * 1000 + 60 * 100 + 40 * 10000) / 1e6)
+    assert experiment(project, 1).usage.cost_usd == pytest.approx(
+        (140 * 1000 + 60 * 100 + 40 * 10000) / 1e6
+    )
     assert project.rows()[1]["cost_usd"] == "0.5460"

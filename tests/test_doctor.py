@@ -9,8 +9,8 @@ from conftest import ROOT, Project, wait_for
 from test_bad_input import without_gpu
 
 from autoresearch import checks
-from autoresearch.jobs.sandbox import find_isolation
-from autoresearch.records import UserError
+from autoresearch.files import UserError
+from autoresearch.jobs.sandbox import find_sandbox
 
 GPU = "A GPU, 570.1, GPU-1"
 
@@ -23,7 +23,11 @@ def findings(project: Project, *args: str, code: int) -> dict[str, str]:
 
 
 def fake_smi(
-    project: Project, cap: str = "9.0", memory: str = "81559", apps: str = "", gpus: str = "GPU 0: A GPU (UUID: GPU-1)"
+    project: Project,
+    cap: str = "9.0",
+    memory: str = "81559",
+    apps: str = "",
+    gpus: str = "GPU 0: A GPU (UUID: GPU-1)",
 ) -> None:
     folder = project.root.parent / "smi"
     folder.mkdir()
@@ -44,7 +48,12 @@ esac
 
 def test_all_is_well_for_the_demo(project: Project) -> None:
     found = findings(project, "--demo", code=0)
-    assert list(found) == ["git", "agent", "login", "GPU", "run", "torch", "isolation", "disk", "memory", "data"][::-1]
+    assert (
+        list(found)
+        == ["git", "agent", "login", "GPU", "run", "torch", "isolation", "disk", "memory", "data"][
+            ::-1
+        ]
+    )
     assert all(said.startswith(("ok", "warn")) for said in found.values())
     assert "the run would be demo" in found["git"] and not (project.root / "runs").exists()
 
@@ -70,14 +79,21 @@ def test_what_is_missing(project: Project) -> None:
         ({}, "ok", "A GPU, driver 570.1, compute capability 9.0, 81559 MB"),
         ({"cap": "7.5"}, "fail", "has compute capability 7.5, and train.py needs 8"),
         ({"memory": "6144"}, "warn", "--arena tinystories"),
-        ({"memory": "[N/A]", "cap": "12.1"}, "ok", "A GPU, driver 570.1, compute capability 12.1, memory not reported"),
+        (
+            {"memory": "[N/A]", "cap": "12.1"},
+            "ok",
+            "A GPU, driver 570.1, compute capability 12.1, memory not reported",
+        ),
     ],
 )
 def test_a_gpu(project: Project, smi: dict[str, str], state: str, words: str) -> None:
     fake_smi(project, **smi)
     found = findings(project, "--arena=python", "--agent=true", code=1)  # since torch cannot use it
     assert found["GPU"].startswith(state) and words in found["GPU"]
-    assert found["torch"].startswith("fail") and "uv pip install torch --torch-backend=auto" in found["torch"]
+    assert (
+        found["torch"].startswith("fail")
+        and "uv pip install torch --torch-backend=auto" in found["torch"]
+    )
 
 
 SLICED = """GPU 0: A GPU (UUID: GPU-0)
@@ -87,7 +103,8 @@ GPU 1: A GPU (UUID: GPU-1)
 
 
 @pytest.mark.parametrize(
-    ("visible", "name"), [("", "A GPU MIG 3g.40gb"), ("GPU-1", "A GPU MIG 3g.40gb"), ("MIG-b", "A GPU MIG 1g.10gb")]
+    ("visible", "name"),
+    [("", "A GPU MIG 3g.40gb"), ("GPU-1", "A GPU MIG 3g.40gb"), ("MIG-b", "A GPU MIG 1g.10gb")],
 )
 def test_a_slice_of_a_gpu(project: Project, visible: str, name: str) -> None:
     """Asked about by its card, since nvidia-smi knows no other; whoever uses the other slices is not in the way."""
@@ -98,7 +115,9 @@ def test_a_slice_of_a_gpu(project: Project, visible: str, name: str) -> None:
     assert found["GPU"] == f"ok {name}, driver 570.1, compute capability 9.0, memory not reported"
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="compiles for the CPU, which needs a C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which("c++"), reason="compiles for the CPU, which needs a C++ compiler"
+)
 @pytest.mark.parametrize("there", [True, False])
 def test_a_compiler(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile fails without one after all else went well. Here for the CPU, in the same walls."""
@@ -108,16 +127,19 @@ def test_a_compiler(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
     if there:
-        assert "built for" in checks.try_torch("cpu", find_isolation())
+        assert "built for" in checks.ask_gpt(find_sandbox(), "torch", "cpu")
     else:
         with pytest.raises(UserError, match=r"cannot compile: .*apt install gcc"):
-            checks.try_torch("cpu", find_isolation())
+            checks.ask_gpt(find_sandbox(), "torch", "cpu")
 
 
 def test_an_old_gpu_is_told_before_a_download(project: Project) -> None:
     fake_smi(project, cap="7.5")
     said = project.loop("--tag=t", "--arena=python", "--agent=true", code=1)
-    assert "needs 8 (Ampere, 2020) or newer: take another GPU with --gpu N" in said and "preparing" not in said
+    assert (
+        "needs 8 (Ampere, 2020) or newer: take another GPU with --gpu N" in said
+        and "preparing" not in said
+    )
 
 
 def test_a_gpu_in_use(project: Project) -> None:
@@ -127,7 +149,9 @@ def test_a_gpu_in_use(project: Project) -> None:
     assert "in use by process 4711 (python3," in " ".join(said.split())
 
 
-@pytest.mark.parametrize(("code", "state"), [(0, "ok claude says"), (1, "fail claude is not logged in: `claude auth")])
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "ok claude says"), (1, "fail claude is not logged in: `claude auth")]
+)
 def test_login(project: Project, code: int, state: str) -> None:
     """The CLI's own answer, by its exit code; tests/test_clients.py asks the real one."""
     fakes = project.root.parent / "fakes"
@@ -156,7 +180,9 @@ def test_what_another_driver_holds(project: Project) -> None:
 def test_a_run_that_would_not_go_on(project: Project) -> None:
     project.research("echo 'X = 1' >> train.py")
     project.env["AUTORESEARCH_SEED"] = "7"
-    assert "t ran with seed 42, and this is 7" in findings(project, "--demo", "--tag=t", code=1)["run"]
+    assert (
+        "t ran with seed 42, and this is 7" in findings(project, "--demo", "--tag=t", code=1)["run"]
+    )
 
 
 def test_an_unknown_arena_and_a_broken_manifest(project: Project) -> None:
@@ -169,10 +195,15 @@ def test_an_unknown_arena_and_a_broken_manifest(project: Project) -> None:
     manifest.parent.mkdir(parents=True)
     manifest.write_text("")
     found = findings(project, "--demo", code=1)
-    assert "fail JSONDecodeError" in found["data"] and found["agent"].startswith("ok")
+    assert "is damaged: a start makes the arena again" in found["data"] and found[
+        "agent"
+    ].startswith("ok")
 
 
 def test_a_cache_that_cannot_be_written(project: Project) -> None:
     project.env["AUTORESEARCH_CACHE"] = "/proc/nowhere"
     found = findings(project, "--demo", code=1)
-    assert "fail cannot write /proc/nowhere: " in found["GPU"] and "AUTORESEARCH_CACHE moves" in found["GPU"]
+    assert (
+        "fail cannot write /proc/nowhere: " in found["GPU"]
+        and "AUTORESEARCH_CACHE moves" in found["GPU"]
+    )

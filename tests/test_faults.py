@@ -44,7 +44,9 @@ def test_contained(impatient: Project, fault: str, who: str) -> None:
     project.loop(*args)
     assert [row["description"] for row in project.rows()][-1] == "go on"
     assert subprocess.run(["pgrep", "-f", nap], capture_output=True).returncode == 1
-    project.research(NEXT.replace("$A", "again $A"))  # and a driver that starts afterwards finds everything in order
+    project.research(
+        NEXT.replace("$A", "again $A")
+    )  # and a driver that starts afterwards finds everything in order
     project.check()
     for log in (project.root / "runs/t").glob("0*/*"):
         assert log.stat().st_size <= 64_000_000

@@ -16,7 +16,11 @@ pytestmark = [
 
 @pytest.mark.parametrize("check", ["attention", "tables", "warm_up", "memory", "referee"])
 def test_on_a_gpu(check: str) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | VISIBLE_GPUS
+    env = {
+        name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"
+    } | VISIBLE_GPUS
     command = [sys.executable, ROOT / "tests/gpu_checks.py", check]
-    done = subprocess.run(command, env=env | {"AUTORESEARCH_ARENA": "python"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=env | {"AUTORESEARCH_ARENA": "python"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -50,7 +50,14 @@ def test_nothing_is_left_at_the_end(tmp_path: Path, leave: str) -> None:
 @pytest.mark.parametrize("leave", LEAVE)
 def test_nothing_is_left_at_the_limit(tmp_path: Path, leave: str) -> None:
     nap = f"sleep 999.{time.monotonic_ns()}"
-    exit = ended(start(tmp_path, f"{leave.format(nap=nap)}\nsleep 1000", 0.5, AUTORESEARCH_PACE='{"grace": 0.2}'))
+    exit = ended(
+        start(
+            tmp_path,
+            f"{leave.format(nap=nap)}\nsleep 1000",
+            0.5,
+            AUTORESEARCH_PACE='{"grace": 0.2}',
+        )
+    )
     assert exit.code is None and exit.why == "at the limit of 0.5 s" and not running(nap)
 
 
@@ -66,7 +73,10 @@ def test_nothing_is_left_after_a_kill(tmp_path: Path, leave: str, killed: str) -
     try:
         wait_for((tmp_path / "pid").exists)
         assert running(nap)
-        os.kill(driver.pid if killed == "the driver" else int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        os.kill(
+            driver.pid if killed == "the driver" else int((tmp_path / "pid").read_text()),
+            signal.SIGKILL,
+        )
         wait_for(lambda: not running(nap), seconds=10)
         assert driver.wait(timeout=10) == (-signal.SIGKILL if killed == "the driver" else 0)
     finally:
@@ -86,13 +96,20 @@ def test_jobs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_last_word(tmp_path: Path) -> None:
-    exit = ended(start(tmp_path, "trap 'echo cost: 3; exit 0' INT; while :; do sleep 0.1; done", 0.5))
+    exit = ended(
+        start(tmp_path, "trap 'echo cost: 3; exit 0' INT; while :; do sleep 0.1; done", 0.5)
+    )
     assert exit.code is None and (tmp_path / "out").read_text() == "cost: 3\n"
 
 
 def test_one_that_will_not_hear(tmp_path: Path) -> None:
     exit = ended(
-        start(tmp_path, "trap '' INT TERM; while :; do sleep 0.1; done", 0.5, AUTORESEARCH_PACE='{"grace": 0.3}')
+        start(
+            tmp_path,
+            "trap '' INT TERM; while :; do sleep 0.1; done",
+            0.5,
+            AUTORESEARCH_PACE='{"grace": 0.3}',
+        )
     )
     assert exit.code is None
 
@@ -109,7 +126,8 @@ def test_an_outcome_that_the_command_writes_itself(tmp_path: Path) -> None:
     for put in ("mkdir", "mkfifo"):
         for name in ("outcome.json", "outcome.json.new", "job.json.new", "job.log", "out", "err"):
             job = start(
-                tmp_path, f'echo \'{{"code": 0, "seconds": 9}}\' > outcome.json; rm -rf {name}; {put} {name}; exit 3'
+                tmp_path,
+                f'echo \'{{"code": 0, "seconds": 9}}\' > outcome.json; rm -rf {name}; {put} {name}; exit 3',
             )
             assert ended(job).code == 3
     assert ended(start(tmp_path, "true")).code == 0

@@ -15,7 +15,9 @@ SCORE = "0.$((11000 - 1$AUTORESEARCH_EXPERIMENT))"  # lower each time
 BETTER = f'sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = {SCORE}/" train.py; echo $AUTORESEARCH_EXPERIMENT'
 
 
-def kill_when(project: Project, agent: str, ready: Path, *args: str, signum: int = signal.SIGKILL) -> int:
+def kill_when(
+    project: Project, agent: str, ready: Path, *args: str, signum: int = signal.SIGKILL
+) -> int:
     """Start a driver, signal it alone once a file exists, and return its exit code."""
     driver = project.start(agent, *args)
     wait_for(ready.exists)
@@ -52,7 +54,12 @@ def test_an_isolated_training_dies_with_its_driver(project: Project, tmp_path: P
     (tmp_path / "hide.py").write_text(f"import os, time; os.system({hide!r}); time.sleep(1000)\n")
     agent = "cat ../../../../hide.py train.py > x; mv x train.py; echo hide"
     assert kill_when(project, agent, ready) == -signal.SIGKILL
-    wait_for(lambda: not project.processes() and subprocess.run(["pgrep", "-f", f"999.{os.getpid()}"]).returncode)
+    wait_for(
+        lambda: (
+            not project.processes()
+            and subprocess.run(["pgrep", "-f", f"999.{os.getpid()}"]).returncode
+        )
+    )
     project.research(BETTER)
     project.check()
 
@@ -78,7 +85,9 @@ def test_killed_in_the_baseline(project: Project, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     nap = f"import os, time\nif not os.path.exists({str(ready)!r}):\n    open({str(ready)!r}, 'w'); time.sleep(1000)\n"
     project.write("train.py", nap + QUICK_TRAIN)
-    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "a nap the first time")
+    project.git(
+        "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "a nap the first time"
+    )
     assert kill_when(project, BETTER, ready) == -signal.SIGKILL
     project.research(BETTER)
     assert [row["description"] for row in project.rows()] == ["baseline", "0001"]
@@ -89,7 +98,9 @@ def test_killed_in_the_baseline(project: Project, tmp_path: Path) -> None:
 def test_asked_to_stop(project: Project, tmp_path: Path, signum: int) -> None:
     """Training is stopped, the tree put back, the exit code says interrupted; nothing needs mending."""
     ready = tmp_path / "ready"
-    agent = f"""sed -i "1i import time; open('{ready}', 'w'); time.sleep(1000)" train.py; echo sleepy"""
+    agent = (
+        f"""sed -i "1i import time; open('{ready}', 'w'); time.sleep(1000)" train.py; echo sleepy"""
+    )
     assert kill_when(project, agent, ready, signum=signum) == 130
     assert [row["status"] for row in project.rows()] == ["keep"]
     project.check()
@@ -133,13 +144,25 @@ def test_nohup(project: Project, tmp_path: Path) -> None:
 def test_killed_at_every_stage(project: Project, stage: str, experiment: int, when: str) -> None:
     """What has a ref is finished, and has one row; the rest has not happened, and happens when the driver is back."""
     args = ("--tag=t", "--arena=demo", f"--agent={BETTER}", "--experiments=2", "--no-report")
-    command = [sys.executable, str(Path(__file__).with_name("kill_at.py")), stage, when, str(experiment), *args]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("kill_at.py")),
+        stage,
+        when,
+        str(experiment),
+        *args,
+    ]
     assert subprocess.run(command, cwd=project.root, env=project.env).returncode == -signal.SIGKILL
     finished = len(project.git("for-each-ref", "refs/autoresearch/t").splitlines())
-    recorded = stage == "row" or (stage in ("refs", "record") and when == "after" and experiment >= 0)
+    recorded = stage == "row" or (
+        stage in ("refs", "record") and when == "after" and experiment >= 0
+    )
     assert finished == max(experiment, 0) + recorded
     project.research(BETTER, experiments=2 - max(finished - 1, 0))
-    kept = [(row["experiment"], row["status"], row["val_bpb"], row["description"]) for row in project.rows()]
+    kept = [
+        (row["experiment"], row["status"], row["val_bpb"], row["description"])
+        for row in project.rows()
+    ]
     assert kept == [("0", "keep", "1.000000", "baseline")] + [
         (str(i), "keep", f"0.{1000 - i}000", f"{i:04d}") for i in (1, 2)
     ]

@@ -28,7 +28,13 @@ def once(project: Project, what: str, number: int = 2) -> str:
 
 @pytest.mark.parametrize(
     "trouble",
-    ["echo Not logged in >&2; exit 1", "exit 3", "true", "echo 'API Error: 529 Overloaded' >&2; exit 1", "kill -9 $$"],
+    [
+        "echo Not logged in >&2; exit 1",
+        "exit 3",
+        "true",
+        "echo 'API Error: 529 Overloaded' >&2; exit 1",
+        "kill -9 $$",
+    ],
 )
 def test_in_the_night_it_waits_and_goes_on(impatient: Project, trouble: str) -> None:
     """As long as it takes: the agent brings nothing six times, and is then itself again."""
@@ -122,7 +128,7 @@ def test_a_cost_that_is_no_number(project: Project) -> None:
     """Nobody knows what it cost; a limit in dollars is not undone by that, and the record stays readable."""
     claude_that_costs(project, float("nan"))
     project.loop("--tag=t", "--arena=demo", "--agent=claude", "--dollars=1", "--experiments=1")
-    assert experiment(project, 1).cost_usd is None
+    assert experiment(project, 1).usage.cost_usd is None
     assert json.loads(project.loop("status", "--json"))["figures"]["dollars"] is None
 
 
@@ -130,7 +136,7 @@ def test_dollars_for_the_gpu(project: Project) -> None:
     args = ("--tag=t", "--arena=demo", "--dollars=0.3", "--gpu-dollars-per-hour=3600")
     said = project.loop(*args, f"--agent={NEXT}; sleep 0.4")
     assert " of $0.3 are spent" in said and len(project.rows()) == 1
-    assert experiment(project, 0).gpu_rate == 3600.0
+    assert experiment(project, 0).facts["gpu_usd_per_hour"] == 3600.0
 
 
 def test_dollars_that_nobody_counts(project: Project) -> None:
@@ -152,7 +158,11 @@ def test_dollars_that_nobody_counts(project: Project) -> None:
             "killed since no step was finished in 1 s",
             0,
         ),
-        ("import os; os.write(int(os.environ['AUTORESEARCH_TICKS']), b'(..')", "did not start and end its budget", 2),
+        (
+            "import os; os.write(int(os.environ['AUTORESEARCH_TICKS']), b'(..')",
+            "did not start and end its budget",
+            2,
+        ),
         (
             "print('step 3  50.0%  loss nan', flush=True); import time; time.sleep(9)",
             "the loss is not finite: 50.0%",
@@ -160,7 +170,9 @@ def test_dollars_that_nobody_counts(project: Project) -> None:
         ),
     ],
 )
-def test_a_doomed_run_is_cut_short(impatient: Project, head: str, reason: str, repairs: int) -> None:
+def test_a_doomed_run_is_cut_short(
+    impatient: Project, head: str, reason: str, repairs: int
+) -> None:
     impatient.pace(quiet=1.0)
     (impatient.root.parent / "head.py").write_text(head + "\n")
     mend = """echo "N = '$(date +%N)'" >> train.py; echo mended"""
@@ -245,16 +257,22 @@ int clock_gettime(clockid_t clock, struct timespec *ts) {
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler to make a clock that jumps")
+@pytest.mark.skipif(
+    shutil.which("cc") is None, reason="needs a C compiler to make a clock that jumps"
+)
 @pytest.mark.parametrize("seconds", [-86400, 86400])
 def test_a_clock_that_jumps(impatient: Project, tmp_path: Path, seconds: int) -> None:
     """A day back or forth while the driver waits: it neither waits for a day, nor is anything out of order."""
     (tmp_path / "jump.c").write_text(JUMP)
     library = str(tmp_path / "jump.so")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "jump.c"), "-ldl"], check=True)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "jump.c"), "-ldl"], check=True
+    )
     when = tmp_path / "when"
     impatient.env.update(LD_PRELOAD=library, JUMP=str(seconds), JUMP_WHEN=str(when))
-    agent = once(impatient, f"(sleep 0.2; touch {when}) & sleep 0.3; echo '529 Overloaded' >&2; exit 1")
+    agent = once(
+        impatient, f"(sleep 0.2; touch {when}) & sleep 0.3; echo '529 Overloaded' >&2; exit 1"
+    )
     said = impatient.research(agent, experiments=3, timeout=60)
     assert "waiting until" in said
     assert [row["experiment"] for row in impatient.rows()] == ["0", "1", "2", "3"]
@@ -287,7 +305,9 @@ def on_a_small_disk(project: Project, agent: str, meanwhile: str) -> str:
 
 
 def rows_that(count: int) -> str:
-    return f'until [ "$(cat results.tsv 2> /dev/null | wc -l)" -ge {count + 2} ]; do sleep 0.02; done'
+    return (
+        f'until [ "$(cat results.tsv 2> /dev/null | wc -l)" -ge {count + 2} ]; do sleep 0.02; done'
+    )
 
 
 @needs_namespaces
@@ -315,7 +335,9 @@ def test_a_process_that_fills_the_disk(impatient: Project, who: str) -> None:
         ),
     ],
 )
-def test_a_disk_that_is_full_or_read_only_for_a_while(impatient: Project, happens: str, words: str) -> None:
+def test_a_disk_that_is_full_or_read_only_for_a_while(
+    impatient: Project, happens: str, words: str
+) -> None:
     """What was recorded is there, what was not happens later; the driver waits."""
     said = on_a_small_disk(impatient, f"sleep 0.3; {NEXT}", f"{rows_that(1)}; {happens}")
     assert "waiting until" in said and words in said
@@ -327,7 +349,10 @@ def test_a_disk_that_is_full_or_read_only_for_a_while(impatient: Project, happen
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_data_file_that_goes_missing(impatient: Project, gone: bool) -> None:
     """It is made again before the next run, which is not to blame; while it cannot be made, the driver waits."""
-    data, refuse = Path(impatient.env["HOME"]) / "cache/quick/val.bin", impatient.root.parent / "refuse"
+    data, refuse = (
+        Path(impatient.env["HOME"]) / "cache/quick/val.bin",
+        impatient.root.parent / "refuse",
+    )
     make = f"""
 import os
 if sys.argv[1] != "--judge" and not os.path.exists({str(data)!r}):
@@ -341,7 +366,9 @@ if sys.argv[1] != "--judge" and not os.path.exists({str(data)!r}):
     train = (impatient.root / "train.py").read_text()
     impatient.write("train.py", train + f"open({str(data)!r})\n")
     impatient.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "data")
-    said = impatient.research(once(impatient, f"rm {data}; {'touch ' + str(refuse) if gone else 'true'}; {NEXT}"), 3)
+    said = impatient.research(
+        once(impatient, f"rm {data}; {'touch ' + str(refuse) if gone else 'true'}; {NEXT}"), 3
+    )
     assert ("waiting until" in said) == gone
     assert [row["status"] for row in impatient.rows()] == ["keep", "discard", "discard", "discard"]
     impatient.check()
@@ -356,19 +383,31 @@ def test_data_that_somebody_merely_touched(project: Project) -> None:
     link = f"import os, time; os.link({str(data)!r}, {str(data)!r} + str(time.time_ns()))"
     (project.root.parent / "head.py").write_text(link + "\n")
     project.research(TRAIN)
-    assert [row["status"] for row in project.rows()] == ["keep", "discard", "crash"] and data.exists()
-    assert (experiment(project, 2).crash or "").startswith("changed files while it ran: demo/val.bin")
+    assert [row["status"] for row in project.rows()] == [
+        "keep",
+        "discard",
+        "crash",
+    ] and data.exists()
+    assert (experiment(project, 2).crash or "").startswith(
+        "changed files while it ran: demo/val.bin"
+    )
 
 
 @pytest.mark.parametrize("put", ["mkdir {}", "ln -s /nowhere {}", "mkfifo {}"])
 def test_data_that_is_no_file_any_more(project: Project, put: str) -> None:
     data = Path(project.env["HOME"]) / "cache/quick/val.bin"
     project.patch(
-        "prepare.py", "import json", f"import os; os.makedirs({str(data.parent)!r}, exist_ok=True)\nimport json"
+        "prepare.py",
+        "import json",
+        f"import os; os.makedirs({str(data.parent)!r}, exist_ok=True)\nimport json",
     )
-    project.patch("prepare.py", '    print("ready', f"    open({str(data)!r}, 'a').close()\n    print(\"ready")
+    project.patch(
+        "prepare.py", '    print("ready', f"    open({str(data)!r}, 'a').close()\n    print(\"ready"
+    )
     project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "data")
-    project.research(once(project, f"rm {data}; {put.format(data)}; {NEXT}", number=1), experiments=2)
+    project.research(
+        once(project, f"rm {data}; {put.format(data)}; {NEXT}", number=1), experiments=2
+    )
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "discard"]
     assert data.is_file() and not data.is_symlink()
 
@@ -401,7 +440,9 @@ def test_a_git_that_fails_loses_nothing(project: Project, config: str) -> None:
 
 def test_another_tag_that_a_person_removed_stays_removed(project: Project) -> None:
     project.research(NEXT, tag="old")
-    for ref in project.git("for-each-ref", "--format=%(refname)", "refs/autoresearch/old").splitlines():
+    for ref in project.git(
+        "for-each-ref", "--format=%(refname)", "refs/autoresearch/old"
+    ).splitlines():
         project.git("update-ref", "-d", ref)
     project.research(NEXT)
     assert [row["tag"] for row in project.rows()] == ["t", "t"]
@@ -410,7 +451,9 @@ def test_another_tag_that_a_person_removed_stays_removed(project: Project) -> No
 
 def test_a_mistake_of_the_driver_does_not_end_the_night(impatient: Project) -> None:
     head = "    if edit.reply.cut_short and"
-    impatient.patch("loop.py", head, "    assert edit.reply.description != 'odd', 'not foreseen'\n" + head)
+    impatient.patch(
+        "loop.py", head, "    assert edit.reply.description != 'odd', 'not foreseen'\n" + head
+    )
     said = impatient.research(once(impatient, "echo odd"), experiments=2)
     assert "AssertionError: not foreseen (in loop.py:" in said
     assert [row["description"] for row in impatient.rows()] == ["baseline", "go on", "go on"]
@@ -450,7 +493,10 @@ def test_a_gpu_in_use_is_named_with_its_process(impatient: Project) -> None:
     (gpu / "left").write_text("100")
     (gpu / "apps").write_text("4711, /usr/bin/python3, 5120\n4712, Xorg, [N/A]\n")
     said = impatient.loop("--tag=t", "--arena=python", f"--agent={NEXT}", code=1)
-    assert "A GPU is in use by process 4711 (/usr/bin/python3, 5120 MiB), process 4712 (Xorg, [N/A] MiB)" in said
+    assert (
+        "A GPU is in use by process 4711 (/usr/bin/python3, 5120 MiB), process 4712 (Xorg, [N/A] MiB)"
+        in said
+    )
     assert "--gpu N" in said
 
 
@@ -461,11 +507,16 @@ def test_a_gpu_in_use_is_named_with_its_process(impatient: Project) -> None:
         ("", "7100", "7000 MiB of A GPU are held by no process"),
     ],
 )
-def test_the_gpu_must_be_free_before_the_next_run(impatient: Project, apps: str, used: str, words: str) -> None:
+def test_the_gpu_must_be_free_before_the_next_run(
+    impatient: Project, apps: str, used: str, words: str
+) -> None:
     gpu = fake_gpu(impatient)
     busy = f"echo '{apps}' > {gpu}/apps; echo {used} > {gpu}/used; echo 4 > {gpu}/left"
     said = impatient.loop(
-        "--tag=t", "--arena=python", f"--agent={once(impatient, f'{busy}; {NEXT}')}", "--experiments=3"
+        "--tag=t",
+        "--arena=python",
+        f"--agent={once(impatient, f'{busy}; {NEXT}')}",
+        "--experiments=3",
     )
     waiting = said.index("waiting until")
     assert words in said and said.index("0002 asking") < waiting < said.index("0002 training")
@@ -475,18 +526,26 @@ def test_the_gpu_must_be_free_before_the_next_run(impatient: Project, apps: str,
 @pytest.mark.parametrize(
     ("clocks", "facts"),
     [
-        ("1755, 640.5, 0x0000000000000004\n1200, 410.5, 0x0000000000000044\n", (1477.5, 525.5, 50.0)),
+        (
+            "1755, 640.5, 0x0000000000000004\n1200, 410.5, 0x0000000000000044\n",
+            (1477.5, 525.5, 50.0),
+        ),
         ("2400, [N/A], [N/A]\n", (2400, None, None)),
-        ('Field "clocks_event_reasons.active" is not a valid field to query.\n', (None, None, None)),
+        (
+            'Field "clocks_event_reasons.active" is not a valid field to query.\n',
+            (None, None, None),
+        ),
     ],
 )
-def test_clocks_are_recorded(project: Project, clocks: str, facts: tuple[float | None, ...]) -> None:
+def test_clocks_are_recorded(
+    project: Project, clocks: str, facts: tuple[float | None, ...]
+) -> None:
     """The usual clock and power, and how much of a run heat slowed; 0x4 is the card's usual limit of power."""
     gpu = fake_gpu(project)
     (gpu / "clocks").write_text(clocks)
     project.loop("--tag=t", "--arena=python", "--agent=true", "--experiments=0")
     found = experiment(project, 0)
-    got = (found.gpu_mhz, found.gpu_watts, found.gpu_slowed_percent)
+    got = map(found.facts.get, ("gpu_mhz", "gpu_watts", "gpu_slowed_percent"))
     for value, fact in zip(got, facts, strict=True):
         assert value == fact if fact is None else value == pytest.approx(fact, rel=0.2)
     project.check()
@@ -500,7 +559,10 @@ def test_two_drivers_on_one_device(project: Project, tmp_path: Path) -> None:
         wait_for(ready.exists)
         said = project.research(NEXT, code=1, tag="other")
         assert f"the CPU is taken by process {driver.pid} on " in said and "run t" in said
-        assert not (project.root / "runs/other/tree").exists() and project.git("branch", "--list", "*other") == ""
+        assert (
+            not (project.root / "runs/other/tree").exists()
+            and project.git("branch", "--list", "*other") == ""
+        )
     finally:
         driver.terminate()
         assert driver.wait(timeout=30) == 130
@@ -529,14 +591,19 @@ def test_isolation(project: Project, isolated: bool) -> None:
     """No keys, no network, nothing to read, no core dumps, no sight of other processes; unless a person says so."""
     project.env.update(ANTHROPIC_API_KEY="k", TORCH_SECRET="s", ODD="o")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        (project.root.parent / "head.py").write_text(LOOK.replace("PORT", str(server.getsockname()[1])))
+        (project.root.parent / "head.py").write_text(
+            LOOK.replace("PORT", str(server.getsockname()[1]))
+        )
         args = ("--tag=t", "--arena=demo", f"--agent={TRAIN}", "--experiments=1")
         said = project.loop(*args, *(() if isolated else ("--no-isolation",)))
     crash = experiment(project, 1).crash
     if isolated:
         assert crash == "[] no stdin 0 cores 0 pids True" and "train.py without network" in said
     else:
-        assert crash == "['ANTHROPIC_API_KEY', 'TORCH_SECRET', 'ODD'] reached stdin 0 cores 0 pids False"
+        assert (
+            crash
+            == "['ANTHROPIC_API_KEY', 'TORCH_SECRET', 'ODD'] reached stdin 0 cores 0 pids False"
+        )
         assert "train.py WITH the network" in said and "(--no-isolation)" in said
     project.check()
 
@@ -545,13 +612,20 @@ def test_where_the_kernel_allows_no_namespaces(project: Project) -> None:
     """It is said, with the kernel's reason, and the environment is cut down all the same."""
     fakes = project.root.parent / "fakes"
     fakes.mkdir()
-    (fakes / "unshare").write_text("#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2; exit 1\n")
+    (fakes / "unshare").write_text(
+        "#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2; exit 1\n"
+    )
     (fakes / "unshare").chmod(0o755)
     project.env.update(PATH=f"{fakes}:{project.env['PATH']}", API_KEY="k")
-    (project.root.parent / "head.py").write_text("import os; assert 'API_KEY' not in os.environ, 'seen'\n")
+    (project.root.parent / "head.py").write_text(
+        "import os; assert 'API_KEY' not in os.environ, 'seen'\n"
+    )
     said = project.research(TRAIN)
-    assert "train.py WITH the network and your processes (unshare: unshare failed: Operation not permitted)" in said
-    assert experiment(project, 1).crash is None
+    assert (
+        "train.py WITH the network and your processes (unshare: unshare failed: Operation not permitted)"
+        in said
+    )
+    assert not experiment(project, 1).crash
 
 
 def test_temporary_files_are_gone(project: Project) -> None:
@@ -559,3 +633,33 @@ def test_temporary_files_are_gone(project: Project) -> None:
     project.research(TRAIN)
     path = Path((project.root / "runs/t/0001/run.log").read_text().splitlines()[0])
     assert path.is_relative_to(project.root / "runs/t/0001/tmp") and not path.exists()
+
+
+@needs_namespaces
+def test_as_process_1_of_a_container_it_kills_nothing_foreign(project: Project) -> None:
+    """A process that was there before the driver, and is a child of it, outlives calls and runs."""
+    alive = project.root.parent / "alive"
+    agent = f"kill -0 2 && touch {alive}-$AUTORESEARCH_EXPERIMENT; "
+    agent += "echo \"X = '$AUTORESEARCH_EXPERIMENT'\" >> train.py; echo idea"
+    command = project.command(
+        "--tag=t", "--arena=demo", f"--agent={agent}", "--experiments=2", "--no-isolation"
+    )
+    container = [
+        "unshare",
+        "--user",
+        "--map-current-user",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "sh",
+        "-c",
+    ]
+    done = subprocess.run(
+        [*container, 'sleep 100 & exec "$@"', "sh", *command],
+        cwd=project.root, env=project.env, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in sorted(project.root.parent.glob("alive-*"))] == [
+        "alive-0001",
+        "alive-0002",
+    ]

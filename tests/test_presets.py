@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from autoresearch import replies
-from autoresearch.agents import AgentCall, ask, find_agent, json_string
-from autoresearch.presets import PRESETS
-from autoresearch.records import Busy, Hopeless
-from autoresearch.replies import Answer, Output, classify
+from autoresearch.agents import AGENTS, claude, find_agent
+from autoresearch.agents.agent import UNREADABLE, Answer, Output, read_text
+from autoresearch.agents.call import AgentCall, ask, json_string
+from autoresearch.agents.trouble import classify
+from autoresearch.ideas import Busy, Hopeless
 
-RECORDED = Path(__file__).parent / "recorded"  # by the versions that docs/notebook.md names, keys and paths made up
+RECORDED = (
+    Path(__file__).parent / "recorded"
+)  # by the versions that docs/notebook.md names, keys and paths made up
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
 
 # (dollars, tokens in, of those cached, out, turns) of one edit: 1,000 tokens in a request, 400 of them cached, 50 out
@@ -31,7 +33,7 @@ EDITS = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit(name: str) -> None:
-    answer = PRESETS[name].read(Output(RECORDED / name / "edit"))
+    answer = AGENTS[name].read(Output(RECORDED / name / "edit"))
     assert (answer.error, answer.text.strip().splitlines()[-1]) == ("", "lower the score")
     cost, *counts = EDITS[name]
     assert answer.cost_usd == (None if cost is None else pytest.approx(cost))
@@ -39,22 +41,24 @@ def test_an_edit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize(("case", "kind"), [("unauthorized", Hopeless), ("unknown", Hopeless), ("limited", Busy)])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("unauthorized", Hopeless), ("unknown", Hopeless), ("limited", Busy)]
+)
 def test_an_error(name: str, case: str, kind: type) -> None:
     """401, an unknown model and 429, told by error fields, whatever the exit code was."""
     if name == "opencode" and case == "unknown":
         pytest.skip("says no more than that something was unexpected")
-    answer = PRESETS[name].read(Output(RECORDED / name / case))
+    answer = AGENTS[name].read(Output(RECORDED / name / case))
     assert isinstance(classify(answer.error, answer.status, NOW), kind), answer.error
     assert answer.text == "" or name in ("aider", "mini")
 
 
 def test_a_bare_finish() -> None:
     """mini's model may end without a word of its own: then its last message is the answer."""
-    assert PRESETS["mini"].read(Output(RECORDED / "mini/plain")).text
+    assert AGENTS["mini"].read(Output(RECORDED / "mini/plain")).text
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize(
     "text",
     [
@@ -74,8 +78,8 @@ def test_what_is_no_answer(name: str, text: str, tmp_path: Path) -> None:
     """Whatever stands in the files: an answer, or an error that the caller knows."""
     for kind in ("out", "err", "traj.json", "analytics.jsonl", "llm.txt"):
         (tmp_path / f"a.{kind}").write_text(text, encoding="latin-1")
-    with suppress(*replies.UNREADABLE):
-        assert isinstance(PRESETS[name].read(Output(tmp_path / "a")), Answer)
+    with suppress(*UNREADABLE):
+        assert isinstance(AGENTS[name].read(Output(tmp_path / "a")), Answer)
 
 
 def test_fields_of_the_wrong_kind(tmp_path: Path) -> None:
@@ -91,8 +95,8 @@ def test_fields_of_the_wrong_kind(tmp_path: Path) -> None:
                 for other in (RECORDED / name).glob("edit.*"):
                     (tmp_path / other.name).write_bytes(other.read_bytes())
                 (tmp_path / path.name).write_text(broken)
-                with suppress(*replies.UNREADABLE):
-                    PRESETS[name].read(Output(tmp_path / "edit"))
+                with suppress(*UNREADABLE):
+                    AGENTS[name].read(Output(tmp_path / "edit"))
 
 
 RECORDER = f"""#!{sys.executable} -S
@@ -101,13 +105,13 @@ json.dump({{"argv": sys.argv[1:], "env": dict(os.environ), "stdin": sys.stdin.re
 """
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", AGENTS)
 def test_the_call(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt arrives whole, the model is named, no blank is left, and the one file is the one of the tree."""
     tree, folder, record = tmp_path / "a tree [1]", tmp_path / "0001", tmp_path / "record"
     tree.mkdir()
     folder.mkdir()
-    program = tmp_path / PRESETS[name].command[0]
+    program = tmp_path / AGENTS[name].command[0]
     program.write_text(RECORDER)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -123,29 +127,42 @@ def test_the_call(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     delivered = [seen["stdin"], *argv, *files]
     task = json.dumps(prompt)
     assert any(text == prompt or task in text for text in delivered)
-    ours = [text for text in [*argv, *files, *(env[key] for key in PRESETS[name].env)] if "Line one" not in text]
-    blanks = ("{tree}", "{glob}", "{regex}", "{folder}", "{side}", "{prompt}", "{json}", "{file}", "{model}")
+    ours = [
+        text
+        for text in [*argv, *files, *(env[key] for key in AGENTS[name].env)]
+        if "Line one" not in text
+    ]
+    blanks = (
+        "{tree}",
+        "{glob}",
+        "{regex}",
+        "{folder}",
+        "{side}",
+        "{prompt}",
+        "{json}",
+        "{file}",
+        "{model}",
+    )
     assert not [text for text in ours for blank in blanks if blank in text]
-    if name in ("claude", "gemini"):  # whose rules hold the path: as a pattern, in which a bracket is no class
-        assert any("a tree \\[1]/train.py)" in text or "\\ tree\\ \\[1\\]/)?train" in text for text in [*argv, *files])
+    if name in (
+        "claude",
+        "gemini",
+    ):  # whose rules hold the path: as a pattern, in which a bracket is no class
+        assert any(
+            "a tree \\[1]/train.py)" in text or "\\ tree\\ \\[1\\]/)?train" in text
+            for text in [*argv, *files]
+        )
 
 
-def test_a_prompt_too_long_for_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cursor-agent").write_text("#!/bin/sh\n")
-    (tmp_path / "cursor-agent").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    call = AgentCall(tmp_path, "base", tmp_path, {}, 20.0, tmp_path / "alive")
-    reply = ask(find_agent("cursor"), "x" * 200_000, call)
-    assert reply.trouble == Hopeless("cursor cannot be started: Argument list too long")
-
-
-def test_no_preset_reads_prose_as_an_error(tmp_path: Path) -> None:
+def test_no_agent_reads_prose_as_an_error(tmp_path: Path) -> None:
     """A model that writes of limits and keys is not an agent in trouble."""
     prose = "We hit your usage limit of memory; status 401, invalid API key, 429, model not found.\n\nidea"
-    (tmp_path / "a.out").write_text(json.dumps({"type": "result", "is_error": False, "result": prose}))
-    assert replies.read_claude(Output(tmp_path / "a")).error == ""
+    (tmp_path / "a.out").write_text(
+        json.dumps({"type": "result", "is_error": False, "result": prose})
+    )
+    assert claude.read(Output(tmp_path / "a")).error == ""
     (tmp_path / "b.out").write_text(prose)
-    assert replies.read_text(Output(tmp_path / "b")).error == ""
+    assert read_text(Output(tmp_path / "b")).error == ""
 
 
 def test_a_json_string_is_one_of_yaml() -> None:

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare
-from autoresearch import text
-from autoresearch.records import UserError
+from autoresearch.files import UserError
+from gpt import text
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -35,18 +35,26 @@ def all_documents(arena: prepare.Arena, manifest: dict) -> dict[str, list[str]]:
     tokenizer = text.Tokenizer.load(arena.folder / manifest["tokenizer"])
     found: dict[str, list[str]] = {}
     for split in prepare.SPLITS:
-        names = sorted(name for name in manifest["files"] if name.startswith(split) and name.endswith(".bin"))
+        names = sorted(
+            name for name in manifest["files"] if name.startswith(split) and name.endswith(".bin")
+        )
         documents = prepare.Documents(arena.folder, [name.removesuffix(".bin") for name in names])
         spans = zip(documents.file, documents.start, documents.stop, strict=True)
-        found[split] = [tokenizer.encoding.decode(documents.tokens[f][a + 1 : b].tolist()) for f, a, b in spans]
+        found[split] = [
+            tokenizer.encoding.decode(documents.tokens[f][a + 1 : b].tolist()) for f, a, b in spans
+        ]
     return found
 
 
 def test_a_folder_of_ones_own(small: Path) -> None:
     """Parquet and text files, in folders below too: no document is lost, none is in two splits, equal ones together."""
     lines = sentences(3000)
-    pq.write_table(pa.table({"n": range(2000), "text": lines[:2000]}), small / "a.parquet", row_group_size=300)
-    pq.write_table(pa.table({"text": [*lines[1500:2500], None, "", "  "]}), small / "more/b.parquet")
+    pq.write_table(
+        pa.table({"n": range(2000), "text": lines[:2000]}), small / "a.parquet", row_group_size=300
+    )
+    pq.write_table(
+        pa.table({"text": [*lines[1500:2500], None, "", "  "]}), small / "more/b.parquet"
+    )
     for i, line in enumerate(lines[2500:]):
         (small / f"more/{i}.txt").write_text(line)
     (small / "notes.md").write_text("not text of the arena")
@@ -54,8 +62,12 @@ def test_a_folder_of_ones_own(small: Path) -> None:
     manifest = prepare.prepare(arena)
     assert prepare.find_arena(str(small)) == prepare.own_arena(arena)  # what train.py sees
     found = all_documents(arena, manifest)
-    assert sorted(line for lines in found.values() for line in lines) == sorted([*lines, *lines[1500:2000]])
-    assert not set(found["train"]) & set(found["val"]) and not set(found["val"]) & set(found["sealed"])
+    assert sorted(line for lines in found.values() for line in lines) == sorted(
+        [*lines, *lines[1500:2000]]
+    )
+    assert not set(found["train"]) & set(found["val"]) and not set(found["val"]) & set(
+        found["sealed"]
+    )
     rows = manifest["settings"]["val_tokens"] // 16
     for split in ("val", "sealed"):
         assert prepare.np.load(arena.folder / manifest[split]).shape == (rows, 17)
@@ -90,7 +102,9 @@ def test_shards_of_climbmix(small: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [three[role] for role in ("tokenizer", "val", "sealed")] == [
         two[role] for role in ("tokenizer", "val", "sealed")
     ]
-    assert two["train"] == three["train"][: len(two["train"])] and len(three["train"]) > len(two["train"])
+    assert two["train"] == three["train"][: len(two["train"])] and len(three["train"]) > len(
+        two["train"]
+    )
     assert prepare.prepare(arena) == three and prepare.prepare(arena, shards=2) == two
     found = all_documents(arena, two)
     assert all(document.startswith("6542/") for document in found["val"])
@@ -101,7 +115,11 @@ def test_a_large_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     original = "\n\n".join("".join(sentences(20, i)) for i in range(100)) + "a long line " * 20_000
     (tmp_path / "a.txt").write_text(original)
     sections = list(text.read_txt(tmp_path / "a.txt"))
-    assert "".join(sections) == original and max(map(len, sections)) <= text.SECTION and len(sections) > 5
+    assert (
+        "".join(sections) == original
+        and max(map(len, sections)) <= text.SECTION
+        and len(sections) > 5
+    )
     assert sections[0].endswith("\n\n")
 
 
@@ -143,4 +161,6 @@ def test_a_folder_is_told_from_a_name(small: Path) -> None:
     assert not prepare.find_arena("demo").is_folder
     with pytest.raises(UserError, match="unknown arena 'texts'"):
         prepare.find_arena("texts")
-    assert replace(prepare.find_arena(f"{small}/"), name="x") == replace(prepare.find_arena(str(small)), name="x")
+    assert replace(prepare.find_arena(f"{small}/"), name="x") == replace(
+        prepare.find_arena(str(small)), name="x"
+    )

@@ -1,26 +1,38 @@
-"""Jobs: whatever takes long is a process of its own with a folder. An agent's call is one, and a run is one."""
+"""Jobs: an agent's call or a run, each a process of its own with a folder."""
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from autoresearch.files import remove, uninterrupted, write_whole
+from autoresearch.files import STOPS, remove, uninterrupted, write_whole
 from autoresearch.pace import PACE
 
-SPEC, OUTCOME, LOG = "job.json", "outcome.json", "job.log"  # in the folder: what to do, what came of it, errors of ours
+# In the folder: the order, the result, and our own errors
+SPEC, OUTCOME, LOG = "job.json", "outcome.json", "job.log"
 CODE = Path(__file__).resolve().parent.parent.parent  # where `autoresearch` is imported from
 
 
-class Job:
-    """A job that was started: `python -m autoresearch.jobs FOLDER`, which keeps all processes of it.
+def wait(process: subprocess.Popen[bytes], seconds: float | None = None) -> bool:
+    """Wait for a child, at most so many seconds, without polling; whether it has ended."""
+    if process.poll() is None:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            select.select([pidfd], [], [], seconds)
+        finally:
+            os.close(pidfd)
+    return process.poll() is not None
 
-    Only its outcome counts, which is there whole or not at all: a job that ended without one is lost.
+
+class Job:
+    """A started `python -m autoresearch.jobs FOLDER`, which keeps all processes of the job.
+
+    Only its outcome counts, a file that is there whole or not at all: without one the job is lost.
     """
 
     def __init__(self, folder: Path, spec: Mapping[str, Any], env: Mapping[str, str]):
@@ -29,18 +41,23 @@ class Job:
         for name in (SPEC, OUTCOME, LOG):  # an agent or a run may have put anything there
             remove(folder / name)
         write_whole(folder / SPEC, json.dumps({**spec, "driver": os.getpid()}))
-        with (folder / LOG).open("wb") as log, uninterrupted():
+        with uninterrupted(), (folder / LOG).open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "autoresearch.jobs", str(folder)],
-                cwd=CODE, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                # -S: it needs no installed package, and starts sooner
+                [sys.executable, "-S", "-m", "autoresearch.jobs", str(folder)],
+                cwd=CODE,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
+            if signal.sigpending() & {*STOPS}:  # or it would run on until the driver has ended
+                self.stop()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for its end, at most so many seconds; whether it has ended."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-        return self.process.returncode is not None
+        return wait(self.process, seconds)
 
     def result(self) -> dict[str, Any] | None:
         """Wait for its end, which comes at once if this is interrupted, and return its outcome."""
@@ -51,7 +68,8 @@ class Job:
         return self.outcome()
 
     def outcome(self) -> dict[str, Any] | None:
-        """What came of it; None for a job that was lost. What lies there when the keeper failed is not from it."""
+        """Its outcome; None for a lost job. A file beside a keeper that failed is not the
+        keeper's."""
         if self.process.returncode:
             return None
         outcome: dict[str, Any] = json.loads((self.folder / OUTCOME).read_text(encoding="utf-8"))
@@ -60,7 +78,7 @@ class Job:
     def stop(self) -> None:
         """End it and all that it started. One that has ended stays ended."""
         with uninterrupted():
-            for signum in (signal.SIGTERM, signal.SIGCONT):  # somebody may have stopped it
+            for signum in (signal.SIGTERM, signal.SIGCONT):  # a stopped one has to wake up first
                 self.process.send_signal(signum)
             if not self.wait(4 * PACE.grace):
                 self.process.kill()

@@ -1,4 +1,4 @@
-"""One job, in a process of its own: `python -m autoresearch.jobs FOLDER` does what job.json there says."""
+"""`python -m autoresearch.jobs FOLDER` does the job that job.json in the folder describes."""
 
 import json
 import os
@@ -28,15 +28,15 @@ def main(folder: Path) -> None:
 
 
 def call(spec: dict[str, Any]) -> dict[str, Any]:
-    """An agent's call: a command with the whole environment, which may say a last word at its limit."""
+    """An agent's call: a command with the whole environment, ended politely at its limit."""
+    cwd, stdin, out, err = (Path(spec[name]) for name in ("cwd", "stdin", "out", "err"))
+    limits = {"limit": spec["limit"], "politely": True}
     try:
-        ended = keep(
-            spec["command"], cwd=Path(spec["cwd"]), env=os.environ, limit=spec["limit"], stdin=Path(spec["stdin"]),
-            out=Path(spec["out"]), err=Path(spec["err"]), politely=True,
-        )  # fmt: skip
+        return asdict(
+            keep(spec["command"], cwd=cwd, env=os.environ, stdin=stdin, out=out, err=err, **limits)
+        )
     except NotStarted as error:
         return {"not_started": str(error)}
-    return asdict(ended)
 
 
 if __name__ == "__main__":

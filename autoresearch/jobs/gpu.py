@@ -1,5 +1,4 @@
-"""The GPU that experiments run on: which one, who else uses it, how fast its clock was. nvidia-smi says all of it, so
-that the driver needs no CUDA of its own."""
+"""The GPU of the experiments: which one, its users, its clock. nvidia-smi answers, without CUDA."""
 
 import os
 import re
@@ -7,122 +6,127 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from autoresearch.files import remove, tail
+from autoresearch.files import UserError, one_line, remove, tail
 from autoresearch.pace import PACE
-from autoresearch.records import Machine, UserError, one_line
+from autoresearch.task import Machine
 
-ROOM = 512  # MiB that a desktop may take, or give back, without being called a use
-ANSWER = 60.0  # seconds that nvidia-smi is given
+ROOM = 512  # MiB that a desktop may take or give back
+ANSWER = 60.0  # seconds that nvidia-smi may take
+Slices = dict[str, tuple[str, str]]
 
 
 def find_machine(arena: str, number: int | None) -> Machine:
-    """Name the GPU of that number, else the one that CUDA_VISIBLE_DEVICES puts first, its driver, and torch; of a card
-    that is cut into slices (MIG) the slice that CUDA would take. UserError when there is none but the arena needs one.
-    """
+    """The GPU of that number, else the first of CUDA_VISIBLE_DEVICES, with its driver, and torch;
+    of a card that is cut into slices (MIG) the slice that CUDA would take. UserError without one,
+    unless the arena needs none."""
     if number is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    from importlib.metadata import version  # here, since every job imports this module
+
+    torch = version("torch")
     if arena == "demo":
-        return Machine("", "", version("torch"))
+        return Machine(torch=torch)
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     try:
         slices = find_slices()
         card, _ = slices.get(gpu, (gpu, ""))
         ((name, driver, card),) = query("--query-gpu=name,driver_version,uuid", card)
-        uuid = gpu if gpu in slices else next((uuid for uuid, (on, _) in slices.items() if on == card), card)
-        name = f"{name} {slices[uuid][1]}" if uuid in slices else name
     except (OSError, ValueError):
         missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
-        raise UserError(f"{missing}, and every arena but demo needs one: here, try --demo") from None
-    # After a boot the first program to use CUDA has this tool make its device file, by rights that an isolated training
-    # does not have.
+        cure = "every arena but demo needs one: here, try --demo"
+        raise UserError(f"{missing}, and {cure}") from None
+    of_card = [uuid for uuid, (on, _) in slices.items() if on == card]
+    uuid = gpu if gpu in slices else next(iter(of_card), card)
+    if uuid in slices:
+        name = f"{name} {slices[uuid][1]}"
+    # After a boot the first program to use CUDA has this tool make its device file, with rights
+    # that a sandboxed run does not have.
     with suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(["nvidia-modprobe", "-u", "-c=0"], capture_output=True, timeout=60, check=False)
-    return Machine(name, driver, version("torch"), uuid, card)
+        command = ["nvidia-modprobe", "-u", "-c=0"]
+        subprocess.run(command, capture_output=True, timeout=60, check=False)
+    return Machine(name, driver, torch, uuid, card)
 
 
-def find_slices() -> dict[str, tuple[str, str]]:
-    """For the UUID of each slice (MIG) on this machine, the UUID of its card, and what it is, say `MIG 1g.10gb`."""
-    slices, card = {}, ""
+def find_slices() -> Slices:
+    """By the UUID of each slice (MIG): the UUID of its card, and its kind, say `MIG 1g.10gb`."""
+    slices, card = Slices(), ""
     try:
         listed = ask("--list-gpus").splitlines()
     except OSError:  # one card of many that does not answer is enough for that
         return {}
     for line in listed:
         if found := re.match(r"\s*(GPU|MIG \S+) .*\(UUID: (\S+)\)", line):
-            if found[1] == "GPU":
-                card = found[2]
+            kind, uuid = found.groups()
+            if kind == "GPU":
+                card = uuid
             else:
-                slices[found[2]] = card, found[1]
+                slices[uuid] = card, kind
     return slices
 
 
-def query(what: str, gpu: str) -> list[list[str]]:
-    """Ask nvidia-smi of a GPU for rows of cells; OSError when it has no answer."""
-    rows = ask(f"--id={gpu}", what, "--format=csv,noheader,nounits").splitlines()
+def query(fields: str, gpu: str) -> list[list[str]]:
+    """Ask nvidia-smi of a GPU for rows of cells; OSError without an answer."""
+    rows = ask(f"--id={gpu}", fields, "--format=csv,noheader,nounits").splitlines()
     return [[cell.strip() for cell in row.split(",")] for row in rows if row.strip()]
 
 
 def ask(*args: str) -> str:
-    """Run nvidia-smi and return what it prints; OSError when it fails, or does not answer."""
-    command = ["nvidia-smi", *args]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Run nvidia-smi and return its output; OSError when it fails, or does not answer."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(["nvidia-smi", *args], stdout=pipe, stderr=pipe, text=True)
     try:
         out, err = process.communicate(timeout=ANSWER)
     except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for: a GPU that fell off the bus holds it in the kernel
+        process.kill()  # without waiting: a GPU that fell off the bus holds it in the kernel
         raise OSError(f"nvidia-smi has not answered for {ANSWER:g} s") from None
     if process.returncode:
-        raise OSError(f"nvidia-smi fails: {one_line(out or err or f'exit code {process.returncode}', 300)}")
+        said = one_line(out or err or f"exit code {process.returncode}", 300)
+        raise OSError(f"nvidia-smi fails: {said}")
     return out
 
 
 def capability(machine: Machine) -> float | None:
-    """The compute capability, say 9.0; None without a GPU, and where nvidia-smi is too old to tell."""
-    try:
+    """The compute capability, say 9.0; None without a GPU, or where nvidia-smi is too old."""
+    with suppress(OSError, ValueError, IndexError):
         return float(query("--query-gpu=compute_cap", machine.card)[0][0]) if machine.gpu else None
-    except (OSError, ValueError, IndexError):
-        return None
+    return None
 
 
 def memory(machine: Machine) -> int | None:
-    """MiB of the GPU's memory; None for a slice, whose card alone is told, and where it is the CPU's own (GB10)."""
-    if machine.is_slice:
-        return None
-    try:
-        return megabytes(query("--query-gpu=memory.total", machine.card)[0][0]) or None
-    except (OSError, IndexError):
-        return None
+    """MiB of the GPU's memory; None for a slice, and where it is the CPU's own (GB10)."""
+    if not machine.is_slice:
+        with suppress(OSError, IndexError):
+            return megabytes(query("--query-gpu=memory.total", machine.card)[0][0]) or None
+    return None
 
 
 def used(machine: Machine) -> int:
-    """MiB of the GPU's memory that are in use; 0 where that is not told, as of a slice, and without a GPU."""
+    """MiB of the GPU's memory in use; 0 without a GPU, and for a slice."""
     if not machine.gpu or machine.is_slice:
         return 0
     return sum(megabytes(row[0]) for row in query("--query-gpu=memory.used", machine.card))
 
 
 def megabytes(cell: str) -> int:
-    return int(cell) if cell.isdecimal() else 0  # "[N/A]" where the system does not tell
+    return int(cell) if cell.isdecimal() else 0  # "[N/A]" where the system does not know
 
 
 def users(machine: Machine, idle: int | None = None) -> str:
-    """Who holds memory of the GPU, in words; empty when it is free, which is waited for a little.
+    """Describe who uses the GPU; empty if it is, or within 30 s becomes, free.
 
-    `idle` is what was in use when it was known to be free.
+    `idle`: MiB that were in use when it was known to be free.
     """
     end = time.monotonic() + PACE.gpu_release
-    while (said := holders(machine, idle)) and time.monotonic() < end:
+    while (found := find_users(machine, idle)) and time.monotonic() < end:
         time.sleep(0.5)
-    return said
+    return found
 
 
-def holders(machine: Machine, idle: int | None) -> str:
-    if not machine.gpu or machine.is_slice:  # the users of other slices are no concern of ours
+def find_users(machine: Machine, idle: int | None) -> str:
+    if not machine.gpu or machine.is_slice:  # users of other slices do no harm
         return ""
     try:
         apps = query("--query-compute-apps=pid,process_name,used_memory", machine.card)
@@ -131,51 +135,61 @@ def holders(machine: Machine, idle: int | None) -> str:
     except OSError as error:
         return str(error)
     if taken > ROOM:
-        names = ", ".join(f"process {pid} ({' '.join(name)}, {memory} MiB)" for pid, *name, memory in apps)
-        return f"{machine.gpu} is in use by {one_line(names, 300)}"
-    return f"{unknown} MiB of {machine.gpu} are held by no process that nvidia-smi names" if unknown > ROOM else ""
+        names = [f"process {pid} ({' '.join(name)}, {size} MiB)" for pid, *name, size in apps]
+        return f"{machine.gpu} is in use by {one_line(', '.join(names), 300)}"
+    if unknown > ROOM:
+        return f"{unknown} MiB of {machine.gpu} are held by no process that nvidia-smi names"
+    return ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How it ran
 
 EVERY = 10  # seconds between two readings
-SLOWED = 0x08 | 0x20 | 0x40 | 0x80  # of NVML's reasons: hardware, software by heat, hardware by heat, power brake
+SLOWED = 0x08 | 0x20 | 0x40 | 0x80  # NVML's reasons: hardware, heat (software, hardware), power
 NUMBER = re.compile(r"0x[0-9a-fA-F]{16}|\d{1,9}(\.\d+)?")
 
 
 @contextmanager
 def observed(card: str, log: Path) -> Iterator[None]:
-    """Have nvidia-smi write the GPU's clock in MHz, its power in watts and NVML's reasons for a lower clock into a log,
-    as long as the block runs. Missing readings are left out."""
+    """Have nvidia-smi log the GPU's clock in MHz, its power in watts, and NVML's reasons for a
+    lower clock, as long as the block runs."""
     if not card:
         yield
         return
-    what = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
-    command = ["nvidia-smi", f"--id={card}", what, "--format=csv,noheader,nounits", f"--loop={EVERY}"]
+    fields = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
+    form = "--format=csv,noheader,nounits"
+    command = ["nvidia-smi", f"--id={card}", fields, form, f"--loop={EVERY}"]
     remove(log)
+    nowhere = subprocess.DEVNULL
     with log.open("xb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdin=nowhere, stdout=out, stderr=nowhere)
     try:
         yield
     finally:
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):  # a GPU that fell off the bus holds it in the kernel
+        with suppress(subprocess.TimeoutExpired):  # it may hang in the kernel
             process.wait(timeout=5)
 
 
-def read_observed(log: Path) -> dict[str, Any]:
-    """The usual clock and power of a run, and the percent of it that the GPU was slowed by heat or its power supply;
-    nothing where nothing was written."""
+def read_observed(log: Path) -> dict[str, float]:
+    """The median clock and power of a run, and the percent of it that heat or the power supply
+    slowed the GPU; missing readings are left out."""
     rows = [row.split(",") for row in tail(log, 1_000_000).splitlines()]
-    facts = {"gpu_mhz": numbers(rows, 0), "gpu_watts": numbers(rows, 1)}
-    found = {name: median(values) for name, values in facts.items() if values}
-    if reasons := numbers(rows, 2):
-        found["gpu_slowed_percent"] = 100 * sum(bool(int(reason) & SLOWED) for reason in reasons) / len(reasons)
-    return found
+    clocks, watts, reasons = (numbers(rows, column) for column in range(3))
+    facts = {}
+    if clocks:
+        facts["gpu_mhz"] = median(clocks)
+    if watts:
+        facts["gpu_watts"] = median(watts)
+    if reasons:
+        slowed = sum(bool(int(reason) & SLOWED) for reason in reasons)
+        facts["gpu_slowed_percent"] = 100 * slowed / len(reasons)
+    return facts
 
 
 def numbers(rows: list[list[str]], column: int) -> list[float]:
-    """The numbers of a column, decimal or as `0x...`; anything else, such as `[N/A]`, is left out."""
+    """The numbers of a column, decimal or as `0x...`; others, such as `[N/A]`, are left out."""
     cells = [row[column].strip() for row in rows if len(row) == 3]
-    return [float(int(c, 16)) if c.startswith("0x") else float(c) for c in cells if NUMBER.fullmatch(c)]
+    known = [cell for cell in cells if NUMBER.fullmatch(cell)]
+    return [float(int(c, 16)) if c.startswith("0x") else float(c) for c in known]

@@ -1,4 +1,5 @@
-"""A run, in the process of its job: a fresh tree, the training under its limits, the referee of a would-be keep."""
+"""A run, inside its job: a fresh tree, the training under its limits, the referee of a would-be
+keep."""
 
 import json
 import math
@@ -10,48 +11,57 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoresearch.files import remove, tail
-from autoresearch.git import changed_files, checkout_tree
+from autoresearch.files import UserError, one_line, remove, tail
+from autoresearch.ideas import Run
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
-from autoresearch.jobs.sandbox import Isolation
+from autoresearch.jobs.sandbox import Sandbox
+from autoresearch.journal.git import changed_files, checkout_tree
 from autoresearch.pace import PACE
-from autoresearch.records import TIE, Arena, Crashed, Finished, Killed, Summary, UserError, one_line
 from autoresearch.task import (
     MAX_LINE,
     MAX_LOG,
+    METRIC,
     NOT_FINITE,
+    TIE,
+    Arena,
     is_better,
     prepare_arena,
     read_curve,
+    read_failure,
     read_summary,
-    reason_of,
 )
 
-Outcome = Finished | Crashed | Killed
 Stamps = dict[str, list[int]]
 
 MANIFEST = "manifest.json"  # in the arena's folder: the hashes of all its files
 MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in the folder of an experiment
-PAUSED = 0.02  # of the budget that a run may stand still and be believed all the same
+PAUSED = 0.02  # of the budget: a run that stood still for less is believed
 AGREE = 0.0005  # val_bpb between a compiled model in its own process and its exported graph
+# Numbers of the summary that are recorded, by the names that the record has for them
+RECORDED = {
+    "val_bpb_upstream": "val_bpb_upstream", "training_seconds": "training_seconds",
+    "evaluation_seconds": "evaluation_seconds", "total_tokens_M": "tokens_M", "num_steps": "steps",
+    "num_params_M": "parameters_M", "mfu_percent": "mfu_percent",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Track:
-    """What all runs of a study have in common: the arena, the seed, the hard limit in seconds, the sandbox; and what
-    the arena's files were when they were whole, with the text of its manifest."""
+class Conditions:
+    """What all runs of a study have in common: the arena, the seed, the hard limit in seconds, the
+    sandbox; the stamps of the arena's files when they were whole, and the text of its manifest."""
 
     arena: Arena
     seed: int
     limit: float
-    isolation: Isolation
+    sandbox: Sandbox
     stamps: Stamps
     manifest: str | None
 
     @classmethod
-    def of(cls, arena: Arena, seed: int, limit: float, isolation: Isolation) -> "Track":
-        return cls(arena, seed, limit, isolation, stamps_of(arena.folder), read_text(arena.folder / MANIFEST))
+    def of(cls, arena: Arena, seed: int, limit: float, sandbox: Sandbox) -> "Conditions":
+        manifest = read_text(arena.folder / MANIFEST)
+        return cls(arena, seed, limit, sandbox, stamps_of(arena.folder), manifest)
 
     def spec(self) -> dict[str, Any]:
         """As job.json holds it."""
@@ -60,15 +70,15 @@ class Track:
         return facts
 
     @classmethod
-    def read(cls, spec: dict[str, Any]) -> "Track":
+    def read(cls, spec: dict[str, Any]) -> "Conditions":
         arena = Arena(**{**spec["arena"], "folder": Path(spec["arena"]["folder"])})
-        walls = Isolation(tuple(spec["isolation"]["prefix"]), spec["isolation"]["bare"], spec["isolation"]["missing"])
-        return cls(arena, spec["seed"], spec["limit"], walls, spec["stamps"], spec["manifest"])
+        return cls(**{**spec, "arena": arena, "sandbox": Sandbox(**spec["sandbox"])})
 
 
 def stamps_of(folder: Path) -> Stamps:
-    """What changes when a file does. The time of the last change (ctime) cannot be set back by who owns the file."""
-    stats = [(path.name, path.lstat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    """What changes when a file does. Its owner cannot set the time of the last change (ctime)."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    stats = [(path.name, path.lstat()) for path in files]
     return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats}
 
 
@@ -79,166 +89,194 @@ def read_text(path: Path) -> str | None:
 
 
 def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Do what a job.json says: train a commit, and have the referee score it if it would be kept. Returns what
-    outcome.json holds: which kind of end, its fields, what the arena's files are by now, whether the run is void."""
-    job = Run(Track.read(spec["track"]), folder, Path(spec["git_dir"]), spec["commit"])
+    """Do what a job.json says: train a commit, and have the referee score it if it would be kept.
+
+    Returns what outcome.json holds: the run, the stamps of the arena's files now, and whether the
+    run is void; or the trouble that came in between.
+    """
+    conditions = Conditions.read(spec["conditions"])
+    job = RunJob(conditions, folder, Path(spec["git_dir"]), spec["commit"])
+    incumbent, lines, best = spec["incumbent"], spec["lines"], spec["best"]
     try:
         job.write_tree()
-        job.mend()  # first, so that earlier damage is not blamed on this run
-        incumbent, lines, best = spec["incumbent"], spec["lines"], spec["best"]
-        score_to_beat = math.inf if incumbent is None else incumbent + TIE
+        job.mend_arena()  # first, so that this run is not blamed for earlier damage
         with gpu.observed(spec["card"], folder / CLOCKS):
-            outcome = job.train(score_to_beat)
-        altered = job.altered()
-        if altered:
-            outcome = Crashed(f"changed files while it ran: {', '.join(altered)}", "", outcome.seconds)
-        elif isinstance(outcome, Finished) and is_better(outcome.summary.val_bpb, lines, incumbent, best):
-            print(f"refereeing {outcome.summary.val_bpb}", flush=True)  # read by the driver, for the display
-            outcome = job.referee(outcome)
+            found = job.train(score_to_beat=math.inf if incumbent is None else incumbent + TIE)
+        if altered := job.altered():
+            crash = f"changed files while it ran: {', '.join(altered)}"
+            found = Run(crash=crash, repairable=True, facts=seconds_of(found))
+        elif found.score is not None and is_better(found.score, lines, incumbent, best):
+            print(f"refereeing {found.score}", flush=True)  # read by the driver, for the view
+            found = job.referee(found)
     except UserError as error:
         return {"trouble": str(error)}
     finally:
         remove(job.tree)
-    if isinstance(outcome, Finished):
-        outcome = replace(outcome, gpu=gpu.read_observed(folder / CLOCKS))
-    return {type(outcome).__name__: asdict(outcome), "stamps": job.stamps, "void": job.void}
+        remove(folder / MODEL)
+    if found.score is not None:
+        found = replace(found, facts={**found.facts, **gpu.read_observed(folder / CLOCKS)})
+    return {"run": asdict(found), "stamps": job.stamps, "void": job.void}
 
 
-def read_outcome(found: dict[str, Any]) -> Outcome:
-    """The end of a run, out of its outcome.json."""
-    if "Finished" in found:
-        return Finished(**{**found["Finished"], "summary": Summary(**found["Finished"]["summary"])})
-    return Crashed(**found["Crashed"]) if "Crashed" in found else Killed(**found["Killed"])
+def seconds_of(run: Run) -> dict[str, float]:
+    return {"run_seconds": run.facts["run_seconds"]}
 
 
-class Run:
+class RunJob:
     """One run of one commit."""
 
-    def __init__(self, track: Track, folder: Path, git_dir: Path, commit: str):
-        self.track = track
+    def __init__(self, conditions: Conditions, folder: Path, git_dir: Path, commit: str):
+        self.conditions = conditions
         self.folder = folder
         self.git_dir = git_dir
         self.commit = commit
         self.tree = folder / "tree"
-        self.stamps = track.stamps
-        self.void = False  # whether it stood still, as in a frozen container, so that clocks and limits say nothing
+        self.stamps = conditions.stamps
+        self.void = False  # it stood still, as in a frozen container: clocks and limits say nothing
 
     def write_tree(self) -> None:
         """The commit's files, and nothing else."""
         remove(self.tree)
         checkout_tree(self.git_dir, self.commit, self.tree, self.folder / "index")
 
-    def keep(self, *command: str, log: Path, witness: "Witness | None" = None, **facts: str) -> Exit:
-        """Run a Python program of the tree in the sandbox; `facts` are for its environment."""
-        tmp = self.folder / "tmp"
+    def keep(
+        self, *command: str, log: Path, monitor: "ClockMonitor | None" = None, **env: str
+    ) -> Exit:
+        """Run a Python program of the tree in the sandbox, with this added to its environment."""
+        c, tmp = self.conditions, self.folder / "tmp"
         remove(tmp)
         tmp.mkdir(parents=True)
-        env = self.track.isolation.environment(tmp) | {
-            "AUTORESEARCH_ARENA": self.track.arena.name,
-            "AUTORESEARCH_SEED": str(self.track.seed),
+        environment = c.sandbox.environment(tmp) | {
+            "AUTORESEARCH_ARENA": c.arena.name,
+            "AUTORESEARCH_SEED": str(c.seed),
             "PYTHONUNBUFFERED": "1",
-            "GIT_CEILING_DIRECTORIES": str(self.folder),  # or git finds the person's repository above
-            **({"CUDA_VISIBLE_DEVICES": ""} if self.track.arena.name == "demo" else {}),  # sized for a CPU
-            **facts,
+            "GIT_CEILING_DIRECTORIES": str(self.folder),  # or git finds the person's repository
+            **({"CUDA_VISIBLE_DEVICES": ""} if c.arena.name == "demo" else {}),  # sized for a CPU
+            **env,
         }
         try:
             return keep(
-                [*self.track.isolation.prefix, sys.executable, *command], cwd=self.tree, env=env,
-                limit=self.track.limit, out=log, pass_fds=(witness.theirs,) if witness else (),
-                watch=witness.look if witness else str,
-            )  # fmt: skip
+                [*c.sandbox.prefix, sys.executable, *command],
+                cwd=self.tree,
+                env=environment,
+                limit=c.limit,
+                out=log,
+                pass_fds=(monitor.theirs,) if monitor else (),
+                watch=monitor.look if monitor else str,
+            )
         finally:
             remove(tmp)
 
-    def train(self, score_to_beat: float) -> Outcome:
-        """Run train.py and judge how it ended. One that scores well enough leaves its exported model."""
-        model, log = self.folder / MODEL, self.folder / "run.log"
+    def train(self, score_to_beat: float) -> Run:
+        """Run train.py. One that scores well enough leaves its exported model."""
+        c, model, log = self.conditions, self.folder / MODEL, self.folder / "run.log"
         remove(model)
-        with Witness(log, self.track.limit - self.track.arena.budget) as witness:
+        with ClockMonitor(log, c.limit - c.arena.budget) as monitor:
             ended = self.keep(
-                "train.py", log=log, witness=witness, AUTORESEARCH_BAR=repr(score_to_beat),
-                AUTORESEARCH_MODEL=str(model), AUTORESEARCH_TICKS=str(witness.theirs),
-            )  # fmt: skip
-        outcome = judge(self.track, ended, witness, log)
-        self.void |= ended.paused > (PAUSED * self.track.arena.budget if isinstance(outcome, Finished) else 0.0)
-        return outcome
+                "train.py",
+                log=log,
+                monitor=monitor,
+                AUTORESEARCH_BAR=repr(score_to_beat),
+                AUTORESEARCH_MODEL=str(model),
+                AUTORESEARCH_TICKS=str(monitor.theirs),
+            )
+        found = read_run(c.arena.budget, ended, monitor, log)
+        self.void |= ended.paused > (0.0 if found.crash else PAUSED * c.arena.budget)
+        return found
 
     def altered(self) -> list[str]:
-        """Name what the program changed while it ran: files of its tree, and of the arena, which are made again."""
-        changed = changed_files(self.git_dir, self.tree, self.folder / "index") if self.tree.is_dir() else ["its tree"]
-        if changed or stamps_of(self.track.arena.folder) != self.stamps:
+        """What the program changed while it ran: files of its tree, and files of the arena, which
+        are made again."""
+        changed = ["its tree"]
+        if self.tree.is_dir():
+            changed = changed_files(self.git_dir, self.tree, self.folder / "index")
+        if changed or stamps_of(self.conditions.arena.folder) != self.stamps:
             self.write_tree()
-            changed += [f"{self.track.arena.name}/{name}" for name in self.mend()]
+            changed += [f"{self.conditions.arena.name}/{name}" for name in self.mend_arena()]
         return changed
 
-    def mend(self) -> list[str]:
-        """Have the arena's files made again that are not what they were, by the manifest's hashes, and name those that
-        were touched at all. The tree must be as it was committed, since its prepare.py does it."""
-        folder, found = self.track.arena.folder, stamps_of(self.track.arena.folder)
+    def mend_arena(self) -> list[str]:
+        """Make the arena's files again that are not what they were, by the manifest's hashes, and
+        name all that were touched. The tree's prepare.py does it, so the tree must be fresh."""
+        c, folder = self.conditions, self.conditions.arena.folder
+        found = stamps_of(folder)
         touched = sorted(name for name, stamp in self.stamps.items() if found.get(name) != stamp)
         if touched:
             folder.mkdir(exist_ok=True)
             for path in (folder / name for name in touched):
                 if path.is_symlink() or not path.is_file():
                     remove(path)
-            if self.track.manifest is not None and read_text(folder / MANIFEST) != self.track.manifest:
-                (folder / MANIFEST).write_text(self.track.manifest)  # a forged one would vouch for forged files
-            if prepare_arena(self.tree, self.track.arena.name, quietly=True) != self.track.arena:
-                name = self.track.arena.name
-                raise UserError(f"the arena {name} was changed and cannot be made again: take another --tag")
+            if c.manifest is not None and read_text(folder / MANIFEST) != c.manifest:
+                (folder / MANIFEST).write_text(c.manifest)  # a forged one vouches for forged files
+            if prepare_arena(self.tree, c.arena.name, quietly=True) != c.arena:
+                what = f"the arena {c.arena.name} was changed and cannot be made again"
+                raise UserError(f"{what}: take another --tag")
             self.stamps = stamps_of(folder)
         return touched
 
-    def referee(self, outcome: Finished) -> Outcome:
-        """Have the tree's prepare.py score the exported model on validation and sealed rows, in a process that runs
-        nothing of train.py. Returns the run with the referee's scores, which nothing that an agent wrote has touched;
-        a crash where there is no model, or where the two do not agree."""
+    def referee(self, found: Run) -> Run:
+        """Score the exported model on validation and sealed rows, by the tree's prepare.py, in a
+        process that runs nothing of train.py. Returns the run with the referee's scores, or a crash
+        where there is no model or the two scores do not agree."""
         model, log = self.folder / MODEL, self.folder / "referee.log"
+
+        def refuse(why: str, log: str = "") -> Run:
+            return Run(crash=why, repairable=True, log=log, facts=seconds_of(found))
+
         if not model.is_file():
-            why = "it left no model for the referee: finish was not called, or not ours"
-            return Crashed(why, "", outcome.seconds)
+            return refuse("it left no model for the referee: finish was not called, or not ours")
         self.write_tree()  # the training may have left modules that prepare.py would import
         ended = self.keep("prepare.py", "--judge", str(model), log=log)
         end = tail(log)
         self.void |= ended.code != 0 and ended.paused > 0
-        if ended.code != 0:
-            why = f"killed {ended.why}" if ended.code is None else reason_of(ended.code, end)
-            return Crashed(f"the referee: {why}", end, outcome.seconds)
-        judged = [line for line in end.splitlines() if line.startswith("judged: ")]  # a library may have the last word
+        if ended.code is None:
+            return refuse(f"the referee: killed {ended.why}", end)
+        if ended.code:
+            return refuse(f"the referee: {read_failure(ended.code, end)}", end)
+        # not always the last line: a library may have the last word
+        judged = [line for line in end.splitlines() if line.startswith("judged: ")]
         if not judged:
-            return Crashed("the referee: ended without a verdict", end, outcome.seconds)
-        verdict = json.loads(judged[-1].removeprefix("judged: "))
-        claimed, scored = outcome.summary.val_bpb, verdict["val_bpb"]
-        if abs(claimed - scored) > AGREE:
-            why = f"claims val_bpb {claimed:.6f}, and the referee scores its model {scored:.6f}"
-            return Crashed(why, end, outcome.seconds)
-        upstream, sealed = round(verdict["val_bpb_upstream"], 6), round(verdict["sealed_bpb"], 6)
-        summary = replace(outcome.summary, val_bpb=round(scored, 6), val_bpb_upstream=upstream)
-        return replace(outcome, summary=summary, sealed_bpb=sealed, referee_seconds=ended.seconds)
+            return refuse("the referee: ended without a verdict", end)
+        scores = json.loads(judged[-1].removeprefix("judged: "))
+        score = scores.pop(METRIC)
+        if abs((found.score or 0.0) - score) > AGREE:
+            claim = f"claims {METRIC} {found.score:.6f}"
+            return refuse(f"{claim}, and the referee scores its model {score:.6f}", end)
+        facts = {name: round(value, 6) for name, value in scores.items()}
+        facts = {**found.facts, **facts, "referee_seconds": ended.seconds}
+        return replace(found, score=round(score, 6), facts=facts)
 
 
-def judge(track: Track, ended: Exit, witness: "Witness", log: Path) -> Outcome:
-    """How a training ended; the keeper's own clock and count check what it claims."""
-    end, curve = tail(log), read_curve(tail(log, MAX_LOG))
+def read_run(budget: float, ended: Exit, monitor: "ClockMonitor", log: Path) -> Run:
+    """How a training ended. The monitor's own clock and count check its claims."""
+    end, seconds = tail(log), {"run_seconds": ended.seconds}
+    run = Run(log=end, curve=read_curve(tail(log, MAX_LOG)), facts=seconds)
     if ended.code is None:
-        if witness.diverged:
-            return Crashed(witness.diverged, end, ended.seconds, curve)
-        return Killed(ended.why, ended.seconds, curve)
+        diverged = monitor.diverged
+        return replace(run, crash=diverged or f"killed {ended.why}", repairable=bool(diverged))
     if ended.code:
-        return Crashed(reason_of(ended.code, end), end, ended.seconds, curve)
+        return replace(run, crash=read_failure(ended.code, end), repairable=True)
     try:
-        summary = read_summary(tail(log, 100_000), track.arena.budget)
-        witness.check(summary)
+        summary = read_summary(tail(log, 100_000), budget)
+        monitor.check(summary)
     except ValueError as error:
-        return Crashed(str(error), end, ended.seconds, curve)
+        return replace(run, crash=str(error), repairable=True)
+    facts = {ours: summary[theirs] for theirs, ours in RECORDED.items() if theirs in summary}
+    if "peak_vram_mb" in summary:
+        facts["memory_gb"] = summary["peak_vram_mb"] / 1024
+    if "tokens_M" in facts:
+        facts["tokens_per_second"] = facts["tokens_M"] * 1e6 / facts["training_seconds"]
     # on our clock, which also sees the interpreter go
-    return Finished(replace(summary, total_seconds=round(ended.seconds, 1)), ended.seconds, curve)
+    facts |= seconds | {"total_seconds": round(ended.seconds, 1)}
+    return replace(run, score=summary[METRIC], facts=facts)
 
 
-class Witness:
-    """What the job sees of a run for itself: prepare.py sends `(` by a pipe when its clock starts, a `.` for each
-    batch that it hands out, and `)` when the budget is spent. The times are those of the job's clock. `startup` is
-    how many seconds may pass before the first batch, say to compile: with more, the budget does not fit the limit."""
+class ClockMonitor:
+    """The job's own clock and count of a run. prepare.py sends by a pipe `(` when its clock starts,
+    `.` for each batch that it hands out, `)` when the budget is spent.
+
+    `startup`: seconds allowed before the first batch (imports, compilation).
+    """
 
     SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent
 
@@ -253,7 +291,7 @@ class Witness:
         self.stopped = time.monotonic()
         self.diverged = ""
 
-    def __enter__(self) -> "Witness":
+    def __enter__(self) -> "ClockMonitor":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -261,15 +299,14 @@ class Witness:
         os.close(self.theirs)
 
     def look(self) -> str:
-        """Take note of what came by the pipe; returns why the run is doomed, if it is."""
+        """Read the pipe and the end of the log; returns why the run has to end, if it has."""
         now = time.monotonic()
         with suppress(BlockingIOError):
             ticks = os.read(self.ours, 2**16)
             self.started, self.stopped = self.started or now, now
-            self.starts, self.drawn, self.ends = (
-                count + ticks.count(tick)
-                for count, tick in ((self.starts, b"("), (self.drawn, b"."), (self.ends, b")"))
-            )
+            self.starts += ticks.count(b"(")
+            self.drawn += ticks.count(b".")
+            self.ends += ticks.count(b")")
             self.last = ticks[-1:]
         patience = PACE.quiet if self.drawn else self.startup
         if self.last != b")" and now - self.stopped > patience:
@@ -278,14 +315,16 @@ class Witness:
             self.diverged = f"the loss is not finite: {one_line(found[0])}"
         return self.diverged
 
-    def check(self, summary: Summary) -> None:
-        """ValueError when a summary claims what was not seen."""
+    def check(self, summary: dict[str, float]) -> None:
+        """ValueError where a summary claims something else than was seen."""
         if self.starts != 1 or self.ends != 1:
             raise ValueError("did not start and end its budget once, as the TrainLoader does")
         if self.last != b")":
             raise ValueError("drew batches after its budget was spent")
-        if summary.num_steps != self.drawn:
-            raise ValueError(f"claims {summary.num_steps} steps, and drew {self.drawn} batches")
-        claimed, measured = summary.training_seconds, self.stopped - (self.started or 0)
+        steps, claimed = summary["num_steps"], summary["training_seconds"]
+        if steps != self.drawn:
+            raise ValueError(f"claims {steps:.0f} steps, and drew {self.drawn} batches")
+        measured = self.stopped - (self.started or 0)
         if abs(claimed - measured) > self.SLACK + measured / 200:
-            raise ValueError(f"claims {claimed:.1f} s of training, and the driver's clock says {measured:.1f} s")
+            said = f"and the job's clock says {measured:.1f} s"
+            raise ValueError(f"claims {claimed:.1f} s of training, {said}")

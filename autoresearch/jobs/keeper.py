@@ -1,8 +1,8 @@
-"""Around each job, a process of its own: it runs a command under limits and leaves nothing of it behind.
+"""The process around each job: it runs a command under limits and leaves nothing of it behind.
 
-Covered: whatever the command starts dies at its end and at its limit, and when the driver or the command is killed with
-SIGKILL, also what left its group and session and wiped its environment. Not covered: a command that kills or stops its
-keeper.
+Covered: all that the command starts dies at its end and at its limit, and when the driver or the
+command is killed with SIGKILL, even if it left its group and session and wiped its environment.
+Not covered: a command that kills or stops its keeper.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.files import STOPS, remove, uninterrupted
+from autoresearch.jobs import wait
 from autoresearch.pace import PACE, clock
 
 PDEATHSIG, SUBREAPER = 1, 36  # linux/prctl.h
@@ -25,10 +26,10 @@ PDEATHSIG, SUBREAPER = 1, 36  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Exit:
-    """How a command ended: `code` as subprocess has it (negative is a signal), None when it was killed, and why.
+    """How a command ended: `code` as subprocess has it, or None and why it was killed.
 
-    `paused` is for how many of the seconds the keeper itself was stopped, as in a frozen container or on a suspended
-    laptop: what went wrong meanwhile may be nobody's fault.
+    `paused`: seconds in which the keeper itself was stopped, as in a frozen container or on a
+    suspended laptop. An error in that time may be nobody's fault.
     """
 
     code: int | None
@@ -38,18 +39,18 @@ class Exit:
 
 
 class NotStarted(OSError):
-    """The command is not there, is no program, or cannot be given these arguments."""
+    """The command does not exist, is no program, or cannot take these arguments."""
 
 
 def become_keeper(driver: int) -> None:
-    """Adopt whatever our children leave behind, and end with the driver, whose process this is. For the main thread."""
+    """Adopt the orphans of our children, and end with the driver. For the main thread."""
     prctl = ctypes.CDLL(None).prctl
     prctl(SUBREAPER, 1)
     for signum in STOPS:
         signal.signal(signum, lambda *_: sys.exit(143))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # which the driver deferred while it started this
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # the driver blocks them while it starts us
     prctl(PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != driver:  # it died before it was asked for
+    if os.getppid() != driver:  # it died before the line above
         sys.exit(143)
 
 
@@ -66,27 +67,29 @@ def keep(
     watch: Callable[[], str] = str,
     politely: bool = False,
 ) -> Exit:
-    """Run a command in a session of its own, output to files. However this returns, all that descends from us is dead.
+    """Run a command in a session of its own, its output to files. However this returns, all our
+    descendants are dead.
 
-    Standard error joins standard output unless `err` is given. Ten times a second, and once after the end, `watch` may
-    return why to kill the command; `limit` in seconds, too much output and a full disk kill it too, `politely` after
-    signals that let it say a last word. The limit leaves out the time in which we were stopped. A command that cannot
-    be started is a NotStarted. `PWD` is `cwd`, since some programs take it for where they are.
+    Standard error joins standard output unless `err` is given. `limit` is in seconds, pauses left
+    out; too much output and a full disk end the command too, and so does `watch`, called ten times
+    a second and once after the end, by returning why. `politely` sends signals first that let it
+    say a last word. NotStarted where the command cannot be started.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)  # the agent may have removed it
+    logs = {out, err or out}
+    for log in logs:
+        remove(log)  # the agent may have put a pipe there
     start = looked = clock()
-    paused = 0.0
-    out.parent.mkdir(parents=True, exist_ok=True)  # an agent may have removed it, or put a pipe in the place of a log
-    for log in {out, err or out}:
-        remove(log)
-    with stdin.open("rb") as stdin_file, out.open("wb") as out_file, (err or out).open("ab") as err_file:
+    paused, code, why = 0.0, None, ""
+    with stdin.open("rb") as source, out.open("wb") as sink, (err or out).open("ab") as errors:
         try:
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**env, "PWD": str(cwd)},
-                stdin=stdin_file,
-                stdout=out_file,
-                stderr=err_file if err else subprocess.STDOUT,
+                env={**env, "PWD": str(cwd)},  # some programs take it for their directory
+                stdin=source,
+                stdout=sink,
+                stderr=errors if err else subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=pass_fds,
             )
@@ -94,11 +97,11 @@ def keep(
             raise NotStarted(getattr(error, "strerror", "") or str(error)) from None
         try:
             die_first(process.pid)
-            code, why = None, ""
             while code is None and not why:
-                with suppress(subprocess.TimeoutExpired):
-                    code = process.wait(timeout=max(min(start + paused + limit - clock(), 0.1), 0))
-                why = watch() or excess(out.parent, out, err or out)
+                left = start + paused + limit - clock()
+                if wait(process, max(min(left, 0.1), 0)):
+                    code = process.returncode
+                why = watch() or excess(logs)
                 before, looked = looked, clock()
                 paused += looked - before if looked - before > PACE.pause else 0.0
                 if looked - start - paused >= limit:
@@ -110,31 +113,32 @@ def keep(
         finally:
             with uninterrupted():
                 kill_descendants()
-                for path in {out, err or out}:
-                    with suppress(OSError):  # it may have removed even those, or put something else there
-                        os.truncate(path, min(path.stat().st_size, PACE.max_output))
+                for log in logs:
+                    with suppress(OSError):  # it may have removed it, or put something else there
+                        os.truncate(log, min(log.stat().st_size, PACE.max_output))
     return Exit(code, clock() - start, "" if code is not None else why, paused)
 
 
-def excess(folder: Path, *files: Path) -> str:
-    """Why a command that prints to these files, on the disk of a folder, has to end, if it has."""
-    if any(file.exists() and file.stat().st_size > PACE.max_output for file in files):
+def excess(logs: set[Path]) -> str:
+    """Why a command that writes these logs has to end, if it has: too much output, a full disk."""
+    if any(log.exists() and log.stat().st_size > PACE.max_output for log in logs):
         return f"since it printed more than {PACE.max_output // 1_000_000} MB"
     with suppress(FileNotFoundError):  # it may have removed the folder too
-        if (free := shutil.disk_usage(folder).free) < PACE.min_free:
+        free = min(shutil.disk_usage(log.parent).free for log in logs)
+        if free < PACE.min_free:
             return f"since the disk was full: {free // 1_000_000} MB were left"
     return ""
 
 
 def die_first(pid: int) -> None:
-    """Let the kernel take this process, and not the driver, when memory runs out. Only Linux knows how."""
+    """Let the kernel take this process, and not the driver, when memory runs out."""
     with suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def kill_descendants() -> None:
-    """Kill all that descends from this process, and wait until it is gone; what hangs in the kernel, as by a GPU that
-    fell off the bus, dies when the kernel lets it."""
+    """Kill all descendants of this process and wait until they are gone; one that hangs in the
+    kernel, as by a GPU that fell off the bus, dies when the kernel lets it."""
     give_up = time.monotonic() + PACE.grace
     while (found := descendants()) and time.monotonic() < give_up:
         for pid in found:
@@ -146,13 +150,13 @@ def kill_descendants() -> None:
 
 
 def descendants() -> set[int]:
-    """Processes below this one, zombies included."""
+    """All descendants of this process, zombies included."""
     parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):  # gone meanwhile
-                # pid (name) state parent ...; the name may hold anything, blanks and brackets included
-                parents[int(entry.name)] = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # gone meanwhile
+            # pid (name) state parent ...; the name may hold anything, blanks and brackets included
+            fields = stat.read_bytes().rpartition(b")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
     found, fresh = set[int](), {os.getpid()}
     while fresh := {pid for pid, parent in parents.items() if parent in fresh}:
         found |= fresh

@@ -1,6 +1,6 @@
-"""What a training may see of the machine. An agent wrote train.py, and nobody reads it before it runs.
+"""What a run may see of the machine: an agent wrote train.py, and nobody reads it before it runs.
 
-Not guaranteed: it runs as the user, and can read and write the user's files.
+Not covered: it runs as the user, and can read and write the user's files.
 """
 
 import os
@@ -9,47 +9,61 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# What training needs of the environment: none of it opens a door. Whatever else there is stays with the driver.
+# The environment that training needs: none of it opens a door. All else stays with the driver.
 NEEDED = re.compile(
-    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_\w+|TZ|XDG_CACHE_HOME|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|CC|CXX|VIRTUAL_ENV"
-    r"|PYTHON\w+|CUDA_\w+|NVIDIA_\w+|CUDNN_\w+|CUBLAS_\w+|TORCH\w*|PYTORCH_\w+|TRITON_\w+|OMP_\w+|MKL_\w+|KMP_\w+"
-    r"|AUTORESEARCH_(CACHE|SEED)"
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_\w+|TZ|XDG_CACHE_HOME|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH"
+    r"|CC|CXX|VIRTUAL_ENV|PYTHON\w+|CUDA_\w+|NVIDIA_\w+|CUDNN_\w+|CUBLAS_\w+|TORCH\w*|PYTORCH_\w+"
+    r"|TRITON_\w+|OMP_\w+|MKL_\w+|KMP_\w+|AUTORESEARCH_(CACHE|SEED)"
 )
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
 
-# util-linux: namespaces of its own for users, network (not even loopback), processes and /proc. When the driver dies,
-# the kernel kills everything in it, whatever it did to hide.
-NAMESPACES = (
-    "setpriv", "--pdeathsig=KILL", "unshare", "--user", "--map-current-user", "--net", "--pid", "--fork",
-    "--kill-child=SIGKILL", "--mount-proc", "--",
-)  # fmt: skip
+# util-linux: namespaces of its own for users, network (without loopback), processes and /proc. When
+# the keeper dies, the kernel kills everything in it, whatever it did to hide.
+NAMESPACES = [
+    "setpriv",
+    "--pdeathsig=KILL",
+    "unshare",
+    "--user",
+    "--map-current-user",
+    "--net",
+    "--pid",
+    "--fork",
+    "--kill-child=SIGKILL",
+    "--mount-proc",
+    "--",
+]
 
 
 @dataclass(frozen=True)
-class Isolation:
-    """How a training is started: the words before its command, whether its environment is cut down, and why there is
-    no more of it than that."""
+class Sandbox:
+    """How a run is sandboxed: a command prefix, whether the environment is filtered, and why the
+    sandbox is incomplete, if it is."""
 
     prefix: tuple[str, ...]
     bare: bool
     missing: str = ""
 
     def environment(self, tmp: Path) -> dict[str, str]:
-        """What a training inherits; temporary files go to a folder that is emptied."""
-        if not self.bare:
-            return {**os.environ, "TMPDIR": str(tmp)}
-        needed = {name: value for name, value in os.environ.items() if NEEDED.fullmatch(name)}
-        return {name: value for name, value in needed.items() if not SECRET.search(name)} | {"TMPDIR": str(tmp)}
+        """The environment of a run, with a folder for temporary files."""
+        env = dict(os.environ)
+        if self.bare:
+            env = {
+                name: value
+                for name, value in os.environ.items()
+                if NEEDED.fullmatch(name) and not SECRET.search(name)
+            }
+        return env | {"TMPDIR": str(tmp)}
 
 
-NONE = Isolation((), bare=False, missing="--no-isolation")
+NONE = Sandbox((), bare=False, missing="--no-isolation")
 
 
-def find_isolation() -> Isolation:
-    """As much isolation as this kernel allows, found out by trying."""
+def find_sandbox() -> Sandbox:
+    """The best sandbox that this kernel allows, by trying it."""
     try:
-        subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, check=True, timeout=30)
+        command = [*NAMESPACES, "true"]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
-        return Isolation((), bare=True, missing=said.strip().splitlines()[-1])
-    return Isolation(NAMESPACES, bare=True)
+        return Sandbox((), bare=True, missing=said.strip().splitlines()[-1])
+    return Sandbox(tuple(NAMESPACES), bare=True)

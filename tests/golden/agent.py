@@ -13,7 +13,9 @@ train = Path("train.py")
 
 
 def score(value: float, more: str = "") -> None:
-    train.write_text(re.sub(r"^VAL_BPB = [\d.]+", f"VAL_BPB = {value}", train.read_text(), flags=re.M) + more)
+    train.write_text(
+        re.sub(r"^VAL_BPB = [\d.]+", f"VAL_BPB = {value}", train.read_text(), flags=re.M) + more
+    )
 
 
 def say(idea: str) -> None:
@@ -83,7 +85,10 @@ match number, call:
         score(0.91)
         say("the service is back")
     case 13, 0:
-        score(0.9, "import os, time\nopen(os.path.expanduser('~/training'), 'w').close()\ntime.sleep(1000)\n")
+        score(
+            0.9,
+            "import os, time\nopen(os.path.expanduser('~/training'), 'w').close()\ntime.sleep(1000)\n",
+        )
         say("the driver is killed while this trains")
     case 13, _:
         score(0.9)

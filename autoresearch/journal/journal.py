@@ -1,4 +1,4 @@
-"""The experiment history: git refs and trailers are the truth, results.tsv is their projection."""
+"""The history of a study: git refs are the truth, and results.tsv is made from them."""
 
 import math
 import os
@@ -7,19 +7,23 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from autoresearch.files import uninterrupted, waiting_lock, write_whole
-from autoresearch.git import Repo
-from autoresearch.records import Experiment, UserError, message, parse_message
+from autoresearch.files import UserError, uninterrupted, waiting_lock, write_whole
+from autoresearch.journal.experiment import Experiment, message, parse_message
+from autoresearch.journal.git import Repo
 
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\ttag\texperiment\tminutes\tcost_usd\tlines\n"
+COLUMNS = (
+    "commit", "val_bpb", "memory_gb", "status", "description", "tag", "experiment", "minutes",
+    "cost_usd", "lines",
+)  # fmt: skip
+HEADER = "\t".join(COLUMNS) + "\n"
 LOCK = "lock"  # in a run's folder
 REFS = "refs/autoresearch"
 PROGRAMS = "refs/autoresearch-program"  # every program.md that was ever in force
+History = list[tuple[str, Experiment]]  # (commit, experiment), oldest first
 
 
-class Ledger:
-    """What one tag has: its record, its branch, its folder. `history` holds (commit, experiment), oldest first, once
-    `reconcile` has read it; the baseline is its first."""
+class Journal:
+    """One tag: its history, which `reconcile` reads first, its branch, its folder."""
 
     def __init__(self, checkout: Repo, tag: str):
         self.checkout = checkout
@@ -29,8 +33,8 @@ class Ledger:
         self.lock = self.folder / LOCK
         self.alive = self.folder / "alive"  # the lock that every job of the tag shares
         self.table = checkout.tree / "results.tsv"
-        self.history: list[tuple[str, Experiment]] = []
-        self.programs: dict[str, str] = {}  # the blobs of program.md that were stored, by their text
+        self.history: History = []
+        self.programs: dict[str, str] = {}  # the blobs of program.md that were stored, by text
 
     def is_new(self) -> bool:
         return not self.checkout.refs(f"{REFS}/{self.tag}")
@@ -41,37 +45,44 @@ class Ledger:
 
     @property
     def tried(self) -> dict[str, Experiment]:
-        """Experiments by the fingerprint of the program that they trained; the first of each. A run that was killed
-        says little of its program."""
-        known = (e for e in reversed(self.experiments) if not (e.crash or "").startswith("killed"))
-        return {e.source: e for e in known if e.source}
+        """The first experiment of each program, by its fingerprint. A run that was killed says
+        little of its program, so that one may run again."""
+        done = [e for e in reversed(self.experiments) if not e.crash.startswith("killed")]
+        return {e.change.source: e for e in done if e.change.source}
 
     @property
     def next_number(self) -> int:
         return self.history[-1][1].number + 1 if self.history else 0
 
     @property
-    def kept(self) -> list[tuple[str, Experiment]]:
-        return [entry for entry in self.history if entry[1].status == "keep"]
+    def kept(self) -> History:
+        return [entry for entry in self.history if entry[1].verdict == "keep"]
 
     @property
     def base(self) -> str:
-        """What the next experiment starts from and the branch stands on: the last one kept, or else the user's HEAD."""
+        """The commit that the next experiment starts from: the last one kept, or the user's
+        HEAD."""
         commit = self.kept[-1][0] if self.kept else self.checkout.resolve("HEAD")
         assert commit
         return commit
 
     @property
-    def incumbent_bpb(self) -> float | None:
-        return self.kept[-1][1].val_bpb if self.kept else None
+    def incumbent_score(self) -> float | None:
+        return self.kept[-1][1].score if self.kept else None
 
     @property
     def best(self) -> Experiment | None:
-        """The best ever kept; a tie that was kept since lies a little above it."""
-        return min((e for _, e in self.kept), key=lambda e: math.inf if e.val_bpb is None else e.val_bpb, default=None)
+        """The best ever kept; a tie that was kept later lies a little above it."""
+        kept = [e for _, e in self.kept]
+        return min(kept, key=lambda e: math.inf if e.score is None else e.score, default=None)
+
+    @property
+    def best_score(self) -> float | None:
+        return self.best.score if self.best else None
 
     def now(self) -> str:
-        """The time of day, but never earlier than the last record's: a clock set back must not reorder results.tsv."""
+        """The time of day, or just after the last record: a clock set back must not reorder
+        rows."""
         time = datetime.now(UTC)
         if self.history:
             last = datetime.fromisoformat(self.history[-1][1].finished)
@@ -86,33 +97,34 @@ class Ledger:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold results.tsv, and let no signal in: between the ref and its row nothing but SIGKILL can come."""
+        """Hold results.tsv, and defer signals: only SIGKILL can come between a ref and its row."""
         with uninterrupted(), waiting_lock(self.table.parent / "runs" / "results.lock"):
             yield
 
     def record(self, experiment: Experiment, parent: str, commit: str) -> str:
-        """Make `commit`'s files a child of `parent` with the experiment's trailers, for ever. Returns the new commit.
+        """Make the files of `commit` a child of `parent` with the experiment's trailers,
+        permanently. Returns the new commit. To be called within `writing`.
 
-        The ref is the moment of truth: before it nothing has happened, after it the row can be made again. To be
-        called within `writing`.
+        The ref is the moment of truth: before it nothing has happened, after it the row can be made
+        again.
         """
-        # what is remembered is what is written, so that a row made now and one made again later are the same
+        # hold the record as it reads from git, so that a row made again later is the same
         text = message(experiment)
         written = parse_message(text)
         final = self.checkout.commit_tree(text, f"{commit}^{{tree}}", parent)
+        keep = experiment.verdict == "keep"
         self.checkout.update_refs(
             f"create {REFS}/{self.tag}/{experiment.number:04d} {final}",
             f"update {PROGRAMS}/{experiment.program} {experiment.program}",
-            *([f"update refs/heads/{self.branch} {final}"] if experiment.status == "keep" else []),
+            *([f"update refs/heads/{self.branch} {final}"] if keep else []),
         )
-        entry = (final, written)
-        self.history.append(entry)
-        append(self.table, row(*entry))
+        self.history.append((final, written))
+        append(self.table, row(final, written))
         return final
 
     def reconcile(self) -> None:
-        """Make branch and results.tsv agree with the refs, once the jobs of a driver that died are gone. This is how a
-        run resumes."""
+        """Read the history, and make branch and results.tsv agree with it: the way to resume. Waits
+        until the jobs of a driver that died are gone."""
         with waiting_lock(self.alive):
             pass
         self.history = read_history(self.checkout, self.tag)
@@ -128,22 +140,25 @@ class Ledger:
         self.rebuild()
 
     def rebuild(self) -> None:
-        """Make results.tsv what the refs of all tags say. Lines that are not from there are put aside, not lost."""
+        """Make results.tsv what the refs of all tags say; put lines of another origin aside."""
         with self.writing():
-            entries = sorted(read_history(self.checkout), key=lambda e: (e[1].finished, e[1].tag, e[1].number))
+            entries = read_history(self.checkout)
+            entries.sort(key=lambda entry: (entry[1].finished, entry[1].tag, entry[1].number))
             table = HEADER + "".join(row(*entry) for entry in entries)
-            found = self.table.read_text(encoding="utf-8", errors="replace") if self.table.exists() else ""
+            found = ""
+            if self.table.exists():
+                found = self.table.read_text(encoding="utf-8", errors="replace")
             if found == table:
                 return
             whole = found[: found.rfind("\n") + 1]  # a torn last line is ours
             if set(whole.splitlines()) - set(table.splitlines()):
-                aside = self.table.with_name(f"results.tsv.{datetime.now(UTC):%Y%m%d-%H%M%S}.bak")
-                aside.write_text(found, encoding="utf-8")
+                aside = f"results.tsv.{datetime.now(UTC):%Y%m%d-%H%M%S}.bak"
+                self.table.with_name(aside).write_text(found, encoding="utf-8")
             write_whole(self.table, table)
 
 
-def read_history(repo: Repo, tag: str = "*") -> list[tuple[str, Experiment]]:
-    """Recorded experiments of one tag, or of all, in the order of their numbers."""
+def read_history(repo: Repo, tag: str = "*") -> History:
+    """The experiments of one tag, or of all, in the order of their numbers."""
     history = []
     for ref, commit, text in repo.messages(f"{REFS}/{tag}/*"):
         try:
@@ -153,27 +168,28 @@ def read_history(repo: Repo, tag: str = "*") -> list[tuple[str, Experiment]]:
     return sorted(history, key=lambda entry: entry[1].number)
 
 
-def row(commit: str, experiment: Experiment) -> str:
-    """One line of results.tsv: upstream's five columns, then ours. No number is 0 there, an unknown cost is empty."""
-    e = experiment
+def row(commit: str, e: Experiment) -> str:
+    """One line of results.tsv: upstream's five columns, then ours. A crash scores 0, as upstream
+    has it; an unknown cost is empty."""
+    cost = e.usage.cost_usd
     cells = (
         commit[:10],
-        f"{e.val_bpb or 0:.6f}",
-        f"{e.memory_gb or 0:.1f}",
-        e.status,
+        f"{e.score or 0:.6f}",
+        f"{e.facts.get('memory_gb', 0):.1f}",
+        e.verdict,
         # a quote would make a reader of the table swallow the lines up to the next one
         " ".join(e.headline.replace('"', "'").split()),
         e.tag,
-        f"{e.number}",
+        str(e.number),
         f"{e.minutes:.1f}",
-        "" if e.cost_usd is None else f"{e.cost_usd:.4f}",
-        f"{e.lines}",
+        "" if cost is None else f"{cost:.4f}",
+        str(e.change.lines),
     )
     return "\t".join(cells) + "\n"
 
 
 def append(table: Path, line: str) -> None:
-    """Append a whole line and have it on disk; a torn last line is cut off first, since it would glue onto this one."""
+    """Append a whole line and have it on disk. A torn last line is cut off first."""
     with table.open("a+b") as file:
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1

@@ -17,9 +17,16 @@ import pyarrow
 import pyarrow.parquet as pq
 import requests
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from autoresearch.records import UserError, one_line
+from autoresearch.files import UserError, one_line
 
 PARALLEL = 8
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and of silence between two pieces of an answer
@@ -29,7 +36,8 @@ PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the next attempt: doubled eac
 
 
 class Faulty(Exception):
-    """Something went wrong that may go right the next time. `pause` is what the server asks for, in seconds."""
+    """Something went wrong that may go right the next time. `pause` is what the server asks for, in
+    seconds."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)
@@ -56,11 +64,12 @@ def find_endpoint() -> str:
 
 
 def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) -> None:
-    """Have these parquet files of a dataset in a folder: those that are missing are fetched, several at a time.
+    """Have these parquet files of a dataset in a folder: those that are missing are fetched,
+    several at a time.
 
-    HF_ENDPOINT names a mirror, HF_TOKEN is sent to it. What was interrupted is resumed from its `.part` file. `grow` is
-    the room that whatever is made of the files will need, as a multiple of their size. UserError lists what could not
-    be had; everything else is there by then.
+    HF_ENDPOINT names a mirror, HF_TOKEN is sent to it. What was interrupted is resumed from its
+    `.part` file. `grow` is the room that whatever is made of the files will need, as a multiple of
+    their size. UserError lists what could not be had; everything else is there by then.
     """
     wanted = [name for name in names if not (folder / name).exists()]
     if not wanted:
@@ -78,13 +87,15 @@ def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) ->
             missing.setdefault(told(error), []).append(name)
         return None
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    speed, left = TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), speed, left)
     pool = ThreadPoolExecutor(PARALLEL)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(f"download {len(wanted)} files", total=None)
         try:
-            asked = pool.map(lambda name: tried(name, lambda: describe(name, f"{base}/{name}")), wanted)
+            asked = pool.map(
+                lambda name: tried(name, lambda: describe(name, f"{base}/{name}")), wanted
+            )
             remotes = [remote for remote in asked if remote]
             there = sum(size_of(partial(folder / remote.name)) for remote in remotes)
             total = sum(remote.size or 0 for remote in remotes)
@@ -93,7 +104,9 @@ def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) ->
 
             def get(remote: Remote) -> Remote | None:
                 advance = lambda count: progress.advance(task, count)  # noqa: E731
-                return tried(remote.name, lambda: fetch(remote, folder / remote.name, advance, given_up))
+                return tried(
+                    remote.name, lambda: fetch(remote, folder / remote.name, advance, given_up)
+                )
 
             list(pool.map(get, remotes))
         finally:
@@ -103,14 +116,16 @@ def download(dataset: str, names: list[str], folder: Path, grow: float = 0.0) ->
         print(f"missing: {', '.join(sorted(lost))}: {reason}", file=sys.stderr)
     if missing:
         count = sum(map(len, missing.values()))
+        where = f"from {endpoint}; HF_ENDPOINT names a mirror"
         raise UserError(
-            f"{count} of {len(names)} files of {dataset} are missing (from {endpoint}; HF_ENDPOINT names a "
-            f"mirror); the same command again goes on where this one ended"
+            f"{count} of {len(names)} files of {dataset} are missing ({where}); the same command "
+            "again goes on where this one ended"
         )
 
 
 def told(error: Exception) -> str:
-    """What went wrong, in a line: of a connection that was not made, what lies under what requests wraps around it."""
+    """What went wrong, in a line: of a connection that was not made, what lies under what requests
+    wraps around it."""
     reason = error.args[0] if error.args else error
     return one_line(str(getattr(reason, "reason", reason)).partition("): ")[2] or str(reason))
 
@@ -127,14 +142,14 @@ def size_of(path: Path) -> int:
 def check_room(folder: Path, download: float, grow: float) -> None:
     free = shutil.disk_usage(folder).free
     if download + grow > free:
-        raise UserError(
-            f"{folder} needs about {(download + grow) / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: make room, or "
-            f"move the cache with AUTORESEARCH_CACHE"
-        )
+        needed = f"{folder} needs about {(download + grow) / 1e9:.1f} GB"
+        cure = "make room, or move the cache with AUTORESEARCH_CACHE"
+        raise UserError(f"{needed} and has {free / 1e9:.1f} GB free: {cure}")
 
 
 def describe(name: str, url: str) -> Remote:
-    """Ask for size and hash. The hub gives those of a large file with the redirect to where it is stored."""
+    """Ask for size and hash. The hub gives those of a large file with the redirect to where it is
+    stored."""
 
     def ask() -> Remote:
         at = url
@@ -146,15 +161,26 @@ def describe(name: str, url: str) -> Remote:
         if answer.status_code in (405, 501):  # a mirror that knows only GET
             return Remote(name, url, None, None)
         refuse(answer)
-        size = answer.headers.get("X-Linked-Size") or (answer.ok and answer.headers.get("Content-Length")) or ""
+        size = (
+            answer.headers.get("X-Linked-Size")
+            or (answer.ok and answer.headers.get("Content-Length"))
+            or ""
+        )
         etag = (answer.headers.get("X-Linked-Etag") or "").removeprefix("W/").strip('"').lower()
         known = len(etag) == 64 and all(digit in "0123456789abcdef" for digit in etag)
-        return Remote(name, url, int(size) if size.isdecimal() and int(size) else None, etag if known else None)
+        return Remote(
+            name,
+            url,
+            int(size) if size.isdecimal() and int(size) else None,
+            etag if known else None,
+        )
 
     return persist(ask, lambda: 0)
 
 
-def fetch(remote: Remote, target: Path, advance: Callable[[int], None], given_up: threading.Event) -> None:
+def fetch(
+    remote: Remote, target: Path, advance: Callable[[int], None], given_up: threading.Event
+) -> None:
     """Download one file into its place by way of `.part`, however often it takes."""
     part = partial(target)
 
@@ -172,7 +198,8 @@ T = TypeVar("T")
 
 
 def persist(action: Callable[[], T], reached: Callable[[], int]) -> T:
-    """Try until it works, or until ATTEMPTS in a row have not got further. The last error is raised."""
+    """Try until it works, or until ATTEMPTS in a row have not got further. The last error is
+    raised."""
     furthest, attempt = reached(), 0
     while True:
         try:
@@ -187,14 +214,23 @@ def persist(action: Callable[[], T], reached: Callable[[], int]) -> T:
             time.sleep(min(pause, LONGEST_PAUSE))
 
 
-def stream(remote: Remote, part: Path, advance: Callable[[int], None], given_up: threading.Event) -> None:
-    """Append to the `.part` file what it lacks, or write it anew where the server does not resume."""
+def stream(
+    remote: Remote, part: Path, advance: Callable[[int], None], given_up: threading.Event
+) -> None:
+    """Append to the `.part` file what it lacks, or write it anew where the server does not
+    resume."""
     have = size_of(part)
     if have and have == remote.size:
         return
     resume = {"Range": f"bytes={have}-"} if have else {}
-    with requests.get(remote.url, headers=headers() | resume, timeout=TIMEOUT, stream=True) as answer:
-        begin = answer.headers.get("Content-Range", f"bytes {have}-").removeprefix("bytes ").partition("-")[0]
+    with requests.get(
+        remote.url, headers=headers() | resume, timeout=TIMEOUT, stream=True
+    ) as answer:
+        begin = (
+            answer.headers.get("Content-Range", f"bytes {have}-")
+            .removeprefix("bytes ")
+            .partition("-")[0]
+        )
         if answer.status_code == 416 or (answer.status_code == 206 and begin != str(have)):
             start_over(part, advance)
             raise Faulty(f"the server has no byte {have}, or gave others")
@@ -217,7 +253,8 @@ def start_over(part: Path, advance: Callable[[int], None]) -> None:
 
 
 def fault(remote: Remote, part: Path) -> str:
-    """What is wrong with a download that no further bytes can mend: length, hash, parquet footer. Empty: nothing."""
+    """What is wrong with a download that no further bytes can mend: length, hash, parquet footer.
+    Empty: nothing."""
     size = size_of(part)
     if remote.size is not None and size < remote.size:
         raise Faulty(f"it ended after {size} of {remote.size} bytes")

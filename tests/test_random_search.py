@@ -5,7 +5,7 @@ import random
 
 from conftest import ROOT, Project
 
-from autoresearch.random_agent import find_constants, propose
+from autoresearch.agents.random_search import find_constants, propose
 
 SOURCE = (ROOT / "train.py").read_text()
 
@@ -22,18 +22,24 @@ def test_proposals_stay_within_bounds() -> None:
     for _ in range(300):
         before, (source, _) = source, propose(source, rng)
         for constant in find_constants(source):
-            values = [eval(compile(ast.Expression(number), "", "eval")) for number in constant.numbers]
+            values = [
+                eval(compile(ast.Expression(number), "", "eval")) for number in constant.numbers
+            ]
             assert all(constant.low <= value <= constant.high for value in values), constant.name
         lines = zip(before.splitlines(), source.splitlines(), strict=True)
         moved |= {old.split()[0] for old, new in lines if old != new}
-    assert moved == {constant.name for constant in find_constants(SOURCE)}  # each of them, from zero as well
+    assert moved == {
+        constant.name for constant in find_constants(SOURCE)
+    }  # each of them, from zero as well
 
 
 def test_it_says_what_it_did() -> None:
     for seed in range(50):
         program, changes = propose(SOURCE, random.Random(seed))
         changed = [
-            new.split()[0] for old, new in zip(SOURCE.splitlines(), program.splitlines(), strict=True) if old != new
+            new.split()[0]
+            for old, new in zip(SOURCE.splitlines(), program.splitlines(), strict=True)
+            if old != new
         ]
         assert sorted(change.split()[0] for change in changes) == sorted(changed)
 
@@ -59,9 +65,20 @@ def test_the_same_seed_makes_the_same_search(project: Project) -> None:
 def test_it_does_not_debug(project: Project) -> None:
     """An idea that crashes is given up: one crash row, and the search goes on."""
     project.write(
-        "train.py", (project.root / "train.py").read_text() + "\nif VAL_BPB < 0.8: raise ValueError('too good')\n"
+        "train.py",
+        (project.root / "train.py").read_text()
+        + "\nif VAL_BPB < 0.8: raise ValueError('too good')\n",
     )
-    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--all", "--message=crash below 0.8")
+    project.git(
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "commit",
+        "--quiet",
+        "--all",
+        "--message=crash below 0.8",
+    )
     project.research("random", experiments=5)
     statuses = [row["status"] for row in project.rows()]
     assert "crash" in statuses and len(statuses) == 6

@@ -19,8 +19,8 @@ import pytest
 from conftest import ROOT, clean_environment
 
 import prepare
-from autoresearch import hub, text
-from autoresearch.records import UserError
+from autoresearch.files import UserError
+from gpt import download, text
 
 DATASET = "someone/some-text"
 
@@ -81,9 +81,14 @@ class Handler(BaseHTTPRequestHandler):
             if faults and faults[0].startswith("hub-"):
                 code, _, after = faults.pop(0).removeprefix("hub-").partition("/")
                 return self.say(int(code), {"Retry-After": after} if after else {})
-            facts = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            facts = {
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+            }
             store = hub.url.replace("127.0.0.1", "localhost")  # another host
-            return self.say(302, {"Location": f"{store}/store/{name}"} | (facts if hub.describes else {}))
+            return self.say(
+                302, {"Location": f"{store}/store/{name}"} | (facts if hub.describes else {})
+            )
         hub.log.append((self.command, name, self.headers.get("Range", "")))
         fault = hub.faults[name].pop(0) if hub.faults.get(name) else ""
         return self.serve(content, fault)
@@ -134,15 +139,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(hub, "PAUSE", 0.01)
-    monkeypatch.setattr(hub, "TIMEOUT", (5.0, 0.7))
+    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr(download, "TIMEOUT", (5.0, 0.7))
     yield server
     server.shutdown()
     server.server_close()
 
 
 def get(server: Hub, folder: Path) -> None:
-    hub.download(DATASET, list(server.files), folder)
+    download.download(DATASET, list(server.files), folder)
 
 
 def test_many_files_arrive(server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +167,17 @@ def test_many_files_arrive(server: Hub, tmp_path: Path, capsys: pytest.CaptureFi
         ["500", "500"],
         ["hub-503", "hub-429/0"],
         ["reset"],
-        ["500", "500", "500", "reset", "500", "500", "500", "reset", "500"],  # more than it tries, but it gets further
+        [
+            "500",
+            "500",
+            "500",
+            "reset",
+            "500",
+            "500",
+            "500",
+            "reset",
+            "500",
+        ],  # more than it tries, but it gets further
         ["stall"],
         ["reset", "wrong range"],
         ["reset", "whole"],
@@ -174,7 +189,11 @@ def test_many_files_arrive(server: Hub, tmp_path: Path, capsys: pytest.CaptureFi
 )
 def test_faults_that_pass(server: Hub, tmp_path: Path, faults: list[str], describes: bool) -> None:
     content = parquet(5000)
-    server.files, server.faults, server.describes = {"a.parquet": content}, {"a.parquet": list(faults)}, describes
+    server.files, server.faults, server.describes = (
+        {"a.parquet": content},
+        {"a.parquet": list(faults)},
+        describes,
+    )
     get(server, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
     assert (tmp_path / "a.parquet").read_bytes() == content
@@ -182,7 +201,9 @@ def test_faults_that_pass(server: Hub, tmp_path: Path, faults: list[str], descri
 
 
 @pytest.mark.parametrize("fault", ["short", "long", "corrupt"])
-def test_lengths_and_hashes_that_the_hub_gives_are_held(server: Hub, tmp_path: Path, fault: str) -> None:
+def test_lengths_and_hashes_that_the_hub_gives_are_held(
+    server: Hub, tmp_path: Path, fault: str
+) -> None:
     content = parquet(1000)
     server.files, server.faults = {"a.parquet": content}, {"a.parquet": [fault, fault]}
     get(server, tmp_path)
@@ -203,10 +224,14 @@ def test_a_part_of_an_earlier_call_is_resumed(server: Hub, tmp_path: Path) -> No
     server.files = {"a.parquet": content}
     (tmp_path / "a.parquet.part").write_bytes(content[:100_000])
     get(server, tmp_path)
-    assert (tmp_path / "a.parquet").read_bytes() == content and server.sent == len(content) - 100_000
+    assert (tmp_path / "a.parquet").read_bytes() == content and server.sent == len(
+        content
+    ) - 100_000
 
 
-@pytest.mark.parametrize("part", [b"x" * 1000, parquet(1000) + b"too long", parquet(1000)[:-1] + b"x"])
+@pytest.mark.parametrize(
+    "part", [b"x" * 1000, parquet(1000) + b"too long", parquet(1000)[:-1] + b"x"]
+)
 def test_a_part_that_is_rubbish(server: Hub, tmp_path: Path, part: bytes) -> None:
     content = parquet(1000)
     server.files = {"a.parquet": content}
@@ -215,13 +240,15 @@ def test_a_part_that_is_rubbish(server: Hub, tmp_path: Path, part: bytes) -> Non
     assert (tmp_path / "a.parquet").read_bytes() == content
 
 
-def test_what_cannot_be_had_is_listed(server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_had_is_listed(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One is not there, one never comes right, one is forbidden: the others arrive, and the next call goes on."""
     server.files = {f"{name}.parquet": parquet(300, i) for i, name in enumerate("abc")}
     server.faults = {"b.parquet": ["corrupt"] * 6, "c.parquet": ["hub-403"]}
     names = ["a.parquet", "b.parquet", "c.parquet", "d.parquet"]
     with pytest.raises(UserError, match="3 of 4 files of someone/some-text are missing"):
-        hub.download(DATASET, names, tmp_path)
+        download.download(DATASET, names, tmp_path)
     said = capsys.readouterr().err
     assert "missing: b.parquet: its hash is not the one that the hub gives" in said
     assert "missing: c.parquet: 403: the server wants a login, or another: set HF_TOKEN" in said
@@ -229,7 +256,7 @@ def test_what_cannot_be_had_is_listed(server: Hub, tmp_path: Path, capsys: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
     server.files["d.parquet"] = parquet(10)
     asked = len(server.log)
-    hub.download(DATASET, names, tmp_path)
+    download.download(DATASET, names, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names)
     assert all(name != "a.parquet" for _, name, _ in server.log[asked:])
 
@@ -238,13 +265,18 @@ def test_nobody_there(
     server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"2 of 2 files of someone/some-text are missing .* HF_ENDPOINT names a mirror"):
-        hub.download(DATASET, ["b.parquet", "a.parquet"], tmp_path)
+    with pytest.raises(
+        UserError,
+        match=r"2 of 2 files of someone/some-text are missing .* HF_ENDPOINT names a mirror",
+    ):
+        download.download(DATASET, ["b.parquet", "a.parquet"], tmp_path)
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("missing: a.parquet, b.parquet: Failed to establish a new connection")
 
 
-def test_the_token_goes_to_the_hub_alone(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_goes_to_the_hub_alone(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.files = {"a.parquet": parquet(10)}
     get(server, tmp_path)
@@ -253,18 +285,25 @@ def test_the_token_goes_to_the_hub_alone(server: Hub, tmp_path: Path, monkeypatc
 
 def test_too_little_room(server: Hub, tmp_path: Path) -> None:
     server.files = {"a.parquet": parquet(10)}
-    with pytest.raises(UserError, match=r"needs about .* GB and has .* GB free: make room, or move the cache"):
-        hub.download(DATASET, ["a.parquet"], tmp_path, grow=1e15)
+    with pytest.raises(
+        UserError, match=r"needs about .* GB and has .* GB free: make room, or move the cache"
+    ):
+        download.download(DATASET, ["a.parquet"], tmp_path, grow=1e15)
     assert not server.log and not list(tmp_path.iterdir())
 
 
 def stories(rows: int) -> bytes:
     rng = np.random.default_rng(0)
-    words = np.array(["".join(word) for word in rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (20_000, 6))])
+    words = np.array(
+        ["".join(word) for word in rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (20_000, 6))]
+    )
     file = io.BytesIO()
     with pq.ParquetWriter(file, pa.schema([("text", pa.string())])) as writer:
         for start in range(0, rows, 5000):
-            texts = [f"{start + i} {' '.join(line)}." for i, line in enumerate(rng.choice(words, (5000, 60)))]
+            texts = [
+                f"{start + i} {' '.join(line)}."
+                for i, line in enumerate(rng.choice(words, (5000, 60)))
+            ]
             writer.write_table(pa.table({"text": texts}))
     return file.getvalue()
 
@@ -274,7 +313,10 @@ def test_tinystories_by_the_command_line(server: Hub, tmp_path: Path) -> None:
     content = stories(30_000)
     server.files = {"tinystories_gpt4_clean.parquet": content}
     server.faults = {"tinystories_gpt4_clean.parquet": ["reset"]}
-    env = clean_environment(tmp_path) | {"HF_ENDPOINT": server.url, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    env = clean_environment(tmp_path) | {
+        "HF_ENDPOINT": server.url,
+        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
+    }
     command = [sys.executable, ROOT / "prepare.py", "--arena", "tinystories"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -295,7 +337,9 @@ assert len(documents.file) == 10_000
     subprocess.run([sys.executable, "-c", check], env=env, check=True)
 
 
-def test_climbmix_grows_by_shards(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_climbmix_grows_by_shards(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another shard adds its tokens; validation, tokenizer and all that was made before stay as they were."""
     server.files = {f"shard_{i:05d}.parquet": parquet(500, seed=i) for i in (0, 1, 2, 6541, 6542)}
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
@@ -303,16 +347,25 @@ def test_climbmix_grows_by_shards(server: Hub, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(text, "TRAIN_CHARACTERS", 100_000)
     arena = replace(prepare.ARENAS["climbmix"], sequence_len=16, vocab_size=300, val_tokens=2**12)
     one = prepare.prepare(arena, shards=1)
-    assert {name for _, name, _ in server.log} == {f"shard_{i:05d}.parquet" for i in (0, 6541, 6542)}
+    assert {name for _, name, _ in server.log} == {
+        f"shard_{i:05d}.parquet" for i in (0, 6541, 6542)
+    }
     three = prepare.prepare(arena, shards=3)
     assert one["files"].items() < three["files"].items() and one["data"] != three["data"]
     assert three["tokens"]["train"] > 2.5 * one["tokens"]["train"]
     assert prepare.prepare(arena) == three  # what is there, unless said
     tokenizer = prepare.Tokenizer.load(arena.folder / three["tokenizer"])
     for split, shard in (("val", 6542), ("sealed", 6541)):
-        there = " ".join(pq.read_table(io.BytesIO(server.files[f"shard_{shard:05d}.parquet"]))["text"].to_pylist())
+        there = " ".join(
+            pq.read_table(io.BytesIO(server.files[f"shard_{shard:05d}.parquet"]))[
+                "text"
+            ].to_pylist()
+        )
         row = np.load(arena.folder / three[split])[0]
-        assert row[0] == arena.bos and tokenizer.encoding.decode(row[1:].tolist()).split("<|bos|>")[0] in there
+        assert (
+            row[0] == arena.bos
+            and tokenizer.encoding.decode(row[1:].tolist()).split("<|bos|>")[0] in there
+        )
 
 
 def test_interrupted(server: Hub, tmp_path: Path) -> None:
@@ -320,7 +373,10 @@ def test_interrupted(server: Hub, tmp_path: Path) -> None:
     content = stories(5000)
     server.files = {"tinystories_gpt4_clean.parquet": content}
     server.faults = {"tinystories_gpt4_clean.parquet": ["stall"]}
-    env = clean_environment(tmp_path) | {"HF_ENDPOINT": server.url, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    env = clean_environment(tmp_path) | {
+        "HF_ENDPOINT": server.url,
+        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
+    }
     command = [sys.executable, ROOT / "prepare.py", "--arena", "tinystories"]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     while not server.sent:

@@ -1,10 +1,10 @@
 """The built-in offline agent: random search over the constants at the top of train.py.
 
-    python -m autoresearch.random_agent     in a working tree; edits ./train.py
+python -m autoresearch.agents.random_search in a working tree; edits ./train.py
 
-It knows nothing of training. A constant takes part when its comment starts with a range, `# [0.1, 2.0] ...`; one or
-two of them move by a step within it, and a program that was tried before is not tried again. It is the control arm: a
-real agent should beat it.
+It knows nothing of training. A constant takes part when its comment starts with a range, `# [0.1,
+2.0] ...`; one or two of them move by a step within it, and a program that was tried before is not
+tried again. It is the control arm: a real agent should beat it.
 """
 
 import ast
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoresearch.git import run_git
-from autoresearch.source import fingerprint
+from autoresearch.journal.changes import fingerprint
+from autoresearch.journal.git import run_git
 
 FACTORS = (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)
 TRIES = 200
@@ -24,7 +24,8 @@ TRIES = 200
 
 @dataclass(frozen=True)
 class Constant:
-    """One line `NAME = value  # [low, high] ...`; the value may be a call with a number for each machine."""
+    """One line `NAME = value # [low, high] ...`; the value may be a call with a number for each
+    machine."""
 
     name: str
     line: int
@@ -38,7 +39,9 @@ def find_constants(source: str) -> list[Constant]:
     found, lines = [], source.splitlines()
     for node in ast.parse(source).body:
         match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value, end_lineno=int(number)) if name.isupper():
+            case ast.Assign(targets=[ast.Name(id=name)], value=value, end_lineno=int(number)) if (
+                name.isupper()
+            ):
                 bounds = re.search(r"#\s*\[\s*([^,\]]+),\s*([^\]]+)\]", lines[number - 1])
                 if bounds:
                     low, high = (float(ast.literal_eval(power(bound))) for bound in bounds.groups())
@@ -65,7 +68,8 @@ def numbers(value: ast.expr) -> Iterator[ast.expr]:
 
 
 def step(number: ast.expr, factor: float, low: float, high: float) -> str:
-    """A number moved by a factor and held within its range, as source: powers stay powers and integers integers."""
+    """A number moved by a factor and held within its range, as source: powers stay powers and
+    integers integers."""
     match number:
         case ast.BinOp(left=ast.Constant(value=int(base)), right=ast.Constant(value=int(exponent))):
             moved = exponent + (1 if factor > 1 else -1)
@@ -78,26 +82,32 @@ def step(number: ast.expr, factor: float, low: float, high: float) -> str:
             if old == low == 0:
                 moved_to = high * 0.1 * factor  # a factor cannot leave zero
             elif high < 1 and old >= 0.5:
-                moved_to = 1 - (1 - old) / factor  # a decay rate: what counts is its distance from 1
+                moved_to = (
+                    1 - (1 - old) / factor
+                )  # a decay rate: what counts is its distance from 1
             else:
                 moved_to = old * factor
             bounded = min(max(moved_to, low), high)
-            return repr(float(f"{bounded:.3g}") if bounded < 0.99 else round(bounded, 5))  # 0.9996 is not 1.0
+            return repr(
+                float(f"{bounded:.3g}") if bounded < 0.99 else round(bounded, 5)
+            )  # 0.9996 is not 1.0
         case _:
             raise AssertionError(ast.dump(number))
 
 
 def propose(source: str, rng: random.Random) -> tuple[str, list[str]]:
-    """Move one or two constants of a program. Returns the new program and what changed; nothing may have."""
+    """Move one or two constants of a program. Returns the new program and what changed; nothing may
+    have."""
     constants = find_constants(source)
     lines, changes = source.splitlines(keepends=True), []
     for constant in rng.sample(constants, min(len(constants), rng.choice((1, 1, 2)))):
         factor, old = rng.choice(FACTORS), lines[constant.line]
         new = [step(number, factor, constant.low, constant.high) for number in constant.numbers]
         if any(
-            ast.unparse(ast.parse(text)) == ast.unparse(was) for text, was in zip(new, constant.numbers, strict=True)
+            ast.unparse(ast.parse(text)) == ast.unparse(was)
+            for text, was in zip(new, constant.numbers, strict=True)
         ):
-            continue  # at its bound for one machine: which of the numbers counts here is not known, so all must move
+            continue  # at its bound for one machine, which may be this one: all must move
         for number, text in reversed(list(zip(constant.numbers, new, strict=True))):
             lines[constant.line] = replace(lines[constant.line], number, text)
         changes.append(f"{constant.name} {value_of(old)} -> {value_of(lines[constant.line])}")
@@ -105,14 +115,8 @@ def propose(source: str, rng: random.Random) -> tuple[str, list[str]]:
 
 
 def replace(line: str, number: ast.expr, text: str) -> str:
-    """Put a number's new text into its line; the blanks behind it give or take, so that the columns stay."""
-    end = number.end_col_offset or 0
-    before, old, after = line[: number.col_offset], line[number.col_offset : end], line[end:]
-    comma = "," if after.startswith(",") else ""
-    rest = after[len(comma) :]
-    blanks = len(rest) - len(rest.lstrip(" "))
-    width = max(blanks + len(old) - len(text), min(blanks, 1))
-    return before + text + comma + " " * width + rest[blanks:]
+    """Put a number's new text into its line."""
+    return line[: number.col_offset] + text + line[number.end_col_offset :]
 
 
 def value_of(line: str) -> str:
@@ -133,13 +137,14 @@ def main() -> None:
         return
     path = Path("train.py")
     source = path.read_text(encoding="utf-8-sig")
-    rng = random.Random(f"{os.environ['AUTORESEARCH_SEED']}/{os.environ['AUTORESEARCH_EXPERIMENT']}")
+    rng = random.Random("/".join(os.environ[f"AUTORESEARCH_{x}"] for x in ("SEED", "EXPERIMENT")))
     tried = tried_before(os.environ["AUTORESEARCH_TAG"])
     for _ in range(TRIES):
         program, changes = propose(source, rng)
         if changes and fingerprint(program.encode()) not in tried:
             path.write_text(program, encoding="utf-8")
-            print(f"A random step within the range that train.py gives. No theory behind it.\n\n{'; '.join(changes)}")
+            print("A random step within the range that train.py gives. No theory behind it.\n")
+            print("; ".join(changes))
             return
     print("every step from here was tried before, or train.py has no constants with a range")
 

@@ -1,7 +1,8 @@
-"""
-Text to tokens: documents from files, the tokenizer, and token files written by one process for each core.
+"""Text to tokens: documents from files, the tokenizer, and token files written by one process for
+each core.
 
-    python -m autoresearch.text < job.json      what such a process runs; nothing here imports torch, so it starts fast
+python -m gpt.text < job.json what such a process runs; nothing here imports torch, so it starts
+fast
 """
 
 import base64
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import rustbpe
 import tiktoken
 
-from autoresearch.records import UserError, one_line
+from autoresearch.files import UserError, one_line
 
 # -----------------------------------------------------------------------------
 # Documents
@@ -30,8 +31,8 @@ from autoresearch.records import UserError, one_line
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the text, as much as one process takes at a time: some rows of a .parquet file or whole .txt files, and
-    of their documents the share whose hash falls into [low, high)."""
+    """A part of the text, as much as one process takes at a time: some rows of a .parquet file or
+    whole .txt files, and of their documents the share whose hash falls into [low, high)."""
 
     paths: tuple[str, ...]
     rows: tuple[int, int] | None = None
@@ -41,7 +42,9 @@ class Piece:
     def identity(self) -> str:
         """Changes with the files: their names, sizes and times."""
         stats = [(Path(path).name, Path(path).stat()) for path in self.paths]
-        return digest([(name, s.st_size, s.st_mtime_ns) for name, s in stats], self.rows, self.share)
+        return digest(
+            [(name, s.st_size, s.st_mtime_ns) for name, s in stats], self.rows, self.share
+        )
 
     def documents(self) -> Iterator[str]:
         for path in self.paths:
@@ -53,7 +56,11 @@ class Piece:
                 yield from filter(str.strip, found)
             else:
                 low, high = self.share
-                yield from (document for document in found if document.strip() and low <= draw(document) < high)
+                yield from (
+                    document
+                    for document in found
+                    if document.strip() and low <= draw(document) < high
+                )
 
 
 def digest(*facts: object) -> str:
@@ -88,7 +95,9 @@ def read_parquet(path: Path, start: int, stop: int) -> Iterator[str]:
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if first < stop and first + size > start:
-                for batch in file.iter_batches(BATCH, row_groups=[group], columns=["text"], use_threads=False):
+                for batch in file.iter_batches(
+                    BATCH, row_groups=[group], columns=["text"], use_threads=False
+                ):
                     low, high = max(start - first, 0), min(stop - first, len(batch))
                     if low < high:
                         yield from filter(None, batch.column(0).slice(low, high - low).to_pylist())
@@ -97,11 +106,14 @@ def read_parquet(path: Path, start: int, stop: int) -> Iterator[str]:
                 first += size
 
 
-SECTION = 2**14  # characters: a longer .txt file becomes several documents, so that some of it can be held out
+SECTION = (
+    2**14
+)  # characters: a longer .txt file becomes several documents, so that some of it can be held out
 
 
 def read_txt(path: Path) -> Iterator[str]:
-    """A .txt file as one document, or as sections that end at a blank line, or a line, if there is one."""
+    """A .txt file as one document, or as sections that end at a blank line, or a line, if there is
+    one."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rest = ""
@@ -126,7 +138,10 @@ def size_of(path: Path) -> int:
     with open_parquet(path) as file:
         column = file.schema_arrow.names.index("text")
         groups = range(file.num_row_groups)
-        return sum(file.metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
+        return sum(
+            file.metadata.row_group(group).column(column).total_uncompressed_size
+            for group in groups
+        )
 
 
 PIECE = 16_000_000  # bytes of text, some seconds of one core
@@ -166,13 +181,16 @@ def cut_txt(paths: Iterable[Path]) -> list[Piece]:
 
 # They come after the ordinary tokens; BOS is the first of them.
 SPECIAL_TOKENS = ("<|bos|>", "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>")
-# GPT-4's split, but numbers in groups of one or two digits: a small vocabulary has no room for a thousand triples.
+# GPT-4's split, but numbers in groups of one or two digits: a small vocabulary has no room for a
+# thousand triples.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 TRAIN_CHARACTERS = 1_000_000_000  # that the tokenizer is trained on, at most
-TRAIN_DOCUMENT = 10_000  # characters of each document for that: no single one shall shape the vocabulary
+TRAIN_DOCUMENT = (
+    10_000  # characters of each document for that: no single one shall shape the vocabulary
+)
 SLICE = 100_000  # characters encoded at a time: the regular expression gives up on a million blanks
 
 
@@ -191,9 +209,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train on the start of each document, until TRAIN_CHARACTERS; UserError when the text is too short."""
+        """Train on the start of each document, until TRAIN_CHARACTERS; UserError when the text is
+        too short."""
         bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator(excerpts(documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        bpe.train_from_iterator(
+            excerpts(documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+        )
         ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
         if len(ranks) + len(SPECIAL_TOKENS) != vocab_size:
             raise UserError(f"too little text for a vocabulary of {vocab_size} tokens: add more")
@@ -206,7 +227,9 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        path.write_text(json.dumps({"pattern": self.pattern, "special": SPECIAL_TOKENS, "tokens": tokens}))
+        path.write_text(
+            json.dumps({"pattern": self.pattern, "special": SPECIAL_TOKENS, "tokens": tokens})
+        )
 
     def encode(self, document: str) -> np.ndarray:
         """Encode a document into uint16 ids that start with BOS."""
@@ -215,8 +238,8 @@ class Tokenizer:
         return np.concatenate([[self.bos], *ids]).astype(np.uint16)
 
     def byte_lengths(self) -> tuple[list[int], list[int]]:
-        """Bytes of each token, exact and as upstream counts them (a token that is not UTF-8 by itself reads as
-        U+FFFD, 3 bytes for each replacement). Special tokens have none."""
+        """Bytes of each token, exact and as upstream counts them (a token that is not UTF-8 by
+        itself reads as U+FFFD, 3 bytes for each replacement). Special tokens have none."""
         exact = [len(token) for token in self.tokens]
         upstream = [len(token.decode("utf-8", errors="replace").encode()) for token in self.tokens]
         none = [0] * len(SPECIAL_TOKENS)
@@ -234,7 +257,8 @@ def excerpts(documents: Iterable[str]) -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
-# Token files: for a stem, stem.bin with uint16 ids and then stem.npy with where each document starts, and the end
+# Token files: for a stem, stem.bin with uint16 ids and then stem.npy with where each document
+# starts, and the end
 
 
 def tokenize(tokenizer: Path, jobs: dict[Path, Piece]) -> Iterator[Path]:
@@ -245,9 +269,11 @@ def tokenize(tokenizer: Path, jobs: dict[Path, Piece]) -> Iterator[Path]:
 
     def work(stem: Path, piece: Piece) -> Path:
         job = json.dumps({"tokenizer": str(tokenizer), "stem": str(stem), "piece": asdict(piece)})
-        command = [sys.executable, "-m", "autoresearch.text"]
+        command = [sys.executable, "-m", "gpt.text"]
         here = Path(__file__).resolve().parent.parent
-        done = subprocess.run(command, cwd=here, input=job, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=here, input=job, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise UserError(f"tokenizing failed: {lines[-1].removeprefix('error: ')}")
@@ -281,7 +307,10 @@ def write_tokens(tokenizer: Tokenizer, piece: Piece, stem: Path) -> None:
 
 def main() -> int:
     job = json.load(sys.stdin)
-    piece = {name: tuple(value) if isinstance(value, list) else value for name, value in job["piece"].items()}
+    piece = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in job["piece"].items()
+    }
     try:
         write_tokens(Tokenizer.load(Path(job["tokenizer"])), Piece(**piece), Path(job["stem"]))
     except (UserError, OSError, pyarrow.ArrowException) as error:

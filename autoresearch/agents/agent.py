@@ -1,0 +1,106 @@
+"""An agent as data: its command line, and the reader of its output."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autoresearch.agents.fields import Json, parse
+from autoresearch.files import one_line, tail
+from autoresearch.pace import PACE
+
+SILENT = "no reason given"
+# errors of a reader where a CLI of another version put something else
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an output says of a call; None is unknown. `error` comes from error fields alone, never
+    from the model's prose, and `status` is its HTTP status. `tokens_in` includes cached ones."""
+
+    text: str = ""
+    error: str = ""
+    status: int | None = None
+    cost_usd: float | None = None
+    tokens_in: int | None = None
+    tokens_cached: int | None = None
+    tokens_out: int | None = None
+    turns: int | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files that a call left, all with one prefix: standard output (out), standard error (err),
+    and those that a CLI was told to write beside them."""
+
+    prefix: Path
+
+    def path(self, kind: str) -> Path:
+        return Path(f"{self.prefix}.{kind}")
+
+    def text(self, kind: str = "out", size: int = PACE.max_output) -> str:
+        return tail(self.path(kind), size)
+
+    def objects(self, kind: str = "out") -> list[Json]:
+        """The JSON objects of a file, one a line, or a list of them, or one; ValueError if none."""
+        text = self.text(kind)
+        whole = parse(text)
+        if not isinstance(whole, list):
+            lines = [line for line in text.splitlines() if line.startswith("{")]
+            whole = [parse(line) for line in lines] if whole is None else [whole]
+        found = [value for value in whole if isinstance(value, dict)]
+        if not found:
+            raise ValueError(f"no JSON, but {one_line(text, 200) or 'nothing'}")
+        return found
+
+    def last_error(self) -> Json:
+        """The object with an `error` with which some CLIs end standard error; ValueError."""
+        text = self.text("err", 100_000)
+        starts = re.finditer(r"^(?:\[ERROR\] )?(\{)", text, re.MULTILINE)
+        for start in reversed([found.start(1) for found in starts]):
+            with suppress(ValueError):
+                value, _ = json.JSONDecoder().raw_decode(text, start)
+                if "error" in value:
+                    return dict(value["error"])
+        raise ValueError(f"no JSON, but {one_line(text[-200:]) or 'nothing'}")
+
+
+def read_text(output: Output) -> Answer:
+    """Any command: its output is the answer, and its cost is unknown."""
+    return Answer(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text(size=20_000)))
+
+
+def words(line: str) -> tuple[str, ...]:
+    """A command line in words, as a shell has it."""
+    return tuple(shlex.split(line))
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A command that edits train.py where it stands and says what it did.
+
+    `command`, `env`, `files` and `stdin` may hold, in braces: `tree` for its working directory,
+    `glob` and `regex` for patterns of that, `folder` for the experiment's folder, `side` for a path
+    there without its ending, `file` for the file of the prompt, `json` for the prompt as a JSON
+    string. `{model}` becomes `flag` and the name of the model, or nothing.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    read: Callable[[Output], Answer] = read_text
+    install: str = ""
+    flag: str = "--model"
+    stdin: str = "{file}"
+    env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # written into the experiment's folder
+    verbatim: bool = False  # a person's own command, in which braces are the shell's
+    status: tuple[str, ...] = ()  # exits with 0 when logged in; empty where it cannot be asked
+    login: str = ""  # the cure
+    dollars: bool = False  # whether it says what a call cost
+    model: str | None = None
+    price: tuple[float, float, float] | None = None  # of a million tokens: in, cached in, out

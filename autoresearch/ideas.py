@@ -1,0 +1,145 @@
+"""The nouns of the loop before an experiment is recorded: Reply, Trouble, Usage, Edit, Run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from autoresearch.task import EDITABLE, trailer
+
+if TYPE_CHECKING:
+    from autoresearch.journal.experiment import Experiment
+
+# --------------------------------------------------------------------------------------------------
+# What an agent's call brought
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What agent calls cost. None is unknown; a sum leaves unknown parts out: it reads `at
+    least`."""
+
+    seconds: float = trailer("Agent-seconds", ".1f")
+    model: str | None = trailer("Model", default=None)
+    calls: int | None = trailer("Agent-calls", "d", default=None)
+    turns: int | None = trailer("Agent-turns", "d", default=None)
+    tokens_in: int | None = trailer("Agent-tokens-in", "d", default=None)  # cached ones included
+    tokens_cached: int | None = trailer("Agent-tokens-cached", "d", default=None)
+    tokens_out: int | None = trailer("Agent-tokens-out", "d", default=None)
+    cost_usd: float | None = trailer("Cost-usd", ".4f", default=None)
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.seconds + other.seconds,
+            other.model or self.model,
+            add_known(self.calls, other.calls),
+            add_known(self.turns, other.turns),
+            add_known(self.tokens_in, other.tokens_in),
+            add_known(self.tokens_cached, other.tokens_cached),
+            add_known(self.tokens_out, other.tokens_out),
+            add_known(self.cost_usd, other.cost_usd),
+        )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def add_known(a: Number | None, b: Number | None) -> Number | None:
+    return b if a is None else a if b is None else a + b
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """Needs a person: no login, no credit, no such model."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Passes by itself: at `until`, or in a while."""
+
+    why: str
+    until: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """This call brought nothing to run; the next one may."""
+
+    why: str
+
+
+Trouble = Hopeless | Busy | Failed
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the agent says: the idea in a line, the reason in a paragraph; what the call cost, and
+    what went wrong with it. `cut_short`: the agent itself says that it broke off, so that an edit
+    may be half done."""
+
+    description: str
+    reason: str
+    usage: Usage
+    trouble: Trouble | None = None
+    cut_short: bool = False
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What git says an agent did: the paths it changed, train.py as it is now (None where that is
+    no plain file), a commit of the incumbent with it, the lines it added and removed, and which
+    experiment ran the same program before."""
+
+    reply: Reply
+    paths: tuple[str, ...]
+    program: bytes | None
+    commit: str
+    added: int = 0
+    removed: int = 0
+    duplicate_of: "Experiment | None" = None
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """Paths that an experiment may not change."""
+        return tuple(path for path in self.paths if path != EDITABLE)
+
+
+# --------------------------------------------------------------------------------------------------
+# A run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a commit: its score, or in a line why it has none.
+
+    `repairable`: its agent may mend it. `log` is the end of what it printed, `curve` the loss along
+    the way, `facts` are all other numbers, by the names that they have in the record.
+    """
+
+    score: float | None = None
+    crash: str = ""
+    repairable: bool = False
+    log: str = ""
+    curve: str = ""
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------------
+# An idea
+
+
+@dataclass
+class Idea:
+    """An edit on its way to a verdict, in memory alone: the incumbent that it starts from, the text
+    of the program.md in force, the edit as it is now (its reply is the first one), its last run."""
+
+    number: int
+    folder: Path
+    base: str
+    program: str
+    edit: Edit
+    repairs: int = 0
+    run: Run = field(default_factory=Run)

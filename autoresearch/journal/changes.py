@@ -1,0 +1,143 @@
+"""What an edit changed in a program, and when two programs are the same, by their syntax trees."""
+
+import ast
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autoresearch.files import one_line
+from autoresearch.task import NO_PROGRAM, decode, trailer
+
+TOP = "top-level"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Lines of train.py added and removed, what is different in words, and the fingerprint of the
+    program that was run; empty for one that was not."""
+
+    words: str = trailer("Changes", default="")
+    source: str = trailer("Source", default="")
+    added: int = trailer("Lines-added", "d", default=0)
+    removed: int = trailer("Lines-removed", "d", default=0)
+
+    @property
+    def lines(self) -> int:
+        """Net."""
+        return self.added - self.removed
+
+
+def fingerprint(source: bytes) -> str:
+    """A hash that comments, layout, docstrings and the order of plain constants do not change;
+    empty for no program.
+
+    >>> fingerprint(b"A = 1  # one\\nB = 2") == fingerprint(b"B = 2\\n\\nA = 1")
+    True
+    """
+    try:
+        module = parse(source)
+        module.body = list(sort_constants(module.body))
+        # by its text: another Python has other syntax trees
+        return hashlib.sha256(ast.unparse(module).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    except NO_PROGRAM:
+        return ""
+
+
+def parse(source: bytes) -> ast.Module:
+    """The syntax tree without docstrings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = ast.parse(decode(source))
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            match node.body:
+                case [ast.Expr(ast.Constant(str())), *rest]:
+                    node.body = rest or [ast.Pass()]
+    return module
+
+
+def sort_constants(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Sort each row of plain constants by name. What calls or reads anything stays where it is: its
+    order matters."""
+    row: dict[str, ast.stmt] = {}
+    for statement in body:
+        name = plain_constant(statement)
+        if name is None or name in row:
+            yield from (row[key] for key in sorted(row))
+            row = {}
+        if name is None:
+            yield statement
+        else:
+            row[name] = statement
+    yield from (row[key] for key in sorted(row))
+
+
+PLAIN = (
+    ast.Constant | ast.UnaryOp | ast.unaryop | ast.BinOp | ast.operator | ast.Tuple | ast.List
+    | ast.expr_context
+)  # fmt: skip
+
+
+def plain_constant(statement: ast.stmt) -> str | None:
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
+            return name if all(isinstance(node, PLAIN) for node in ast.walk(value)) else None
+    return None
+
+
+# -----------------------------------------------------------------------------
+# What differs
+
+
+def describe_change(before: bytes, after: bytes) -> str:
+    """What differs between two programs, in a bounded line: constants with their values, functions
+    by name; empty where one of them is no program.
+
+    >>> describe_change(b"A = 1\\ndef f(): pass", b"A = 2\\ndef f(): return 1\\nB = 3")
+    'A 1 -> 2; +B 3; f'
+    """
+    try:
+        old, new = (dict(parts(parse(text).body)) for text in (before, after))
+        names = [name for name in old | new if old.get(name) != new.get(name)]
+        found = [describe_part(name, old.get(name), new.get(name)) for name in names]
+    except NO_PROGRAM:
+        return ""
+    constants_first = sorted(found, key=lambda text: (" -> " not in text, text.lstrip("+-")))
+    return one_line("; ".join(constants_first), 300)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A constant's value, or the text of a function, a method, the rest of a class or module."""
+
+    text: str
+    constant: bool = False
+
+
+def parts(body: list[ast.stmt], within: str = "", head: str = "") -> Iterator[tuple[str, Part]]:
+    rest = [head]
+    for statement in body:
+        match statement:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield f"{within}{name}", Part(ast.unparse(statement))
+            case ast.ClassDef(name=name, body=inner, bases=bases, keywords=keywords):
+                around = [*bases, *keywords, *statement.decorator_list]
+                yield from parts(inner, f"{within}{name}.", " ".join(map(ast.unparse, around)))
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
+                yield f"{within}{name}", Part(ast.unparse(value), constant=True)
+            case _:
+                rest.append(ast.unparse(statement))
+    yield within.rstrip(".") or TOP, Part("\n".join(rest))
+
+
+def describe_part(name: str, was: Part | None, now: Part | None) -> str:
+    if was and now:
+        both = was.constant and now.constant
+        return f"{name} {short(was.text)} -> {short(now.text)}" if both else name
+    part, sign = (now, "+") if now else (was, "-")
+    return f"{sign}{name} {short(part.text)}" if part and part.constant else f"{sign}{name}"
+
+
+def short(value: str) -> str:
+    return one_line(value.replace(";", ","), 40)  # a semicolon parts one change from the next

@@ -1,0 +1,148 @@
+"""An experiment as git remembers it: a record, written as a commit message and read back."""
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from autoresearch.files import one_line
+from autoresearch.ideas import Usage
+from autoresearch.journal.changes import Change
+from autoresearch.task import Arena, Machine, trailer
+
+Verdict = Literal["keep", "discard", "crash"]
+
+# Facts with a trailer of their own, and its format; any other is a trailer `Fact-<name>`.
+FACTS = {
+    "val_bpb_upstream": ".6f", "sealed_bpb": ".6f", "memory_gb": ".1f", "training_seconds": ".1f",
+    "total_seconds": ".1f", "run_seconds": ".1f", "evaluation_seconds": ".1f",
+    "referee_seconds": ".1f", "tokens_M": ".3f", "steps": ".0f", "tokens_per_second": ".0f",
+    "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
+    "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
+}  # fmt: skip
+OWN = {name[0].upper() + name[1:].replace("_", "-"): name for name in FACTS}  # by trailer
+SCORE = ".6f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A finished idea. `scores` are by seed; that of `seed` decided, and a crash has none."""
+
+    number: int = trailer("Experiment", "d")
+    verdict: Verdict = trailer("Status")
+    description: str
+    reason: str
+    scores: Mapping[int, float] = field(default_factory=dict)
+    incumbent: float | None = trailer("Incumbent", SCORE, default=None)  # its score at the time
+    crash: str = trailer("Crash", default="")  # why there is no score
+    facts: Mapping[str, float] = field(default_factory=dict)
+    curve: str = trailer("Curve", default="")  # loss and tokens per second along the way
+    change: Change
+    repairs: int = trailer("Repairs", "d")
+    agent: str = trailer("Agent")
+    usage: Usage
+    seed: int = trailer("Seed", "d")
+    arena: Arena
+    machine: Machine
+    program: str = trailer("Program")  # blob of the program.md in force
+    tag: str = trailer("Tag")
+    finished: str = trailer("Finished")  # UTC, ISO 8601 with microseconds: the order of results.tsv
+
+    @property
+    def score(self) -> float | None:
+        return self.scores.get(self.seed)
+
+    @property
+    def gain(self) -> float | None:
+        """How much better than the incumbent of its time; None without a score or an incumbent."""
+        score = self.score
+        return None if score is None or self.incumbent is None else self.incumbent - score
+
+    @property
+    def headline(self) -> str:
+        """The idea, and where it crashed, why."""
+        return self.description + (f" [{one_line(self.crash, 120)}]" if self.crash else "")
+
+    @property
+    def minutes(self) -> float:
+        """What agent, run and referee took together."""
+        runs = self.facts.get("run_seconds", 0.0) + self.facts.get("referee_seconds", 0.0)
+        return (self.usage.seconds + runs) / 60
+
+
+def score(e: Experiment) -> str:
+    return "no number" if e.score is None else f"{e.score:.6f}"
+
+
+def difference(e: Experiment) -> str:
+    """To the incumbent of its time, signed: less is better."""
+    return "" if e.gain is None else f"{-e.gain:+.6f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# As a commit message
+
+
+def message(e: Experiment) -> str:
+    """The commit message: the idea, the reason wrapped, the trailers; an unknown value has none."""
+    # each on one line, or the name of a file or a model could make up a trailer of its own
+    trailers = "\n".join(one_line(f"{name}: {text}", 1000) for name, text in write(e))
+    parts = (e.description, textwrap.fill(e.reason, 100), trailers)
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def write(record: Any) -> Iterator[tuple[str, str]]:
+    """The trailers of a record, and of the records in it."""
+    for f in fields(record):
+        value = getattr(record, f.name)
+        if f.name == "scores":
+            for seed, score in value.items():
+                yield "Val-bpb" if seed == record.seed else f"Score-{seed}", f"{score:{SCORE}}"
+        elif f.name == "facts":
+            yield from (
+                (name, f"{value[fact]:{FACTS[fact]}}")
+                for name, fact in OWN.items()
+                if fact in value
+            )
+            yield from (
+                (f"Fact-{name}", f"{v:g}") for name, v in value.items() if name not in FACTS
+            )
+        elif is_dataclass(value):
+            yield from write(value)
+        elif "trailer" in f.metadata and value not in (None, ""):
+            yield f.metadata["trailer"], f"{value:{f.metadata['form']}}"
+
+
+def parse_message(text: str) -> Experiment:
+    """Read back what `message` wrote; ValueError for any other commit."""
+    *body, last = text.strip().split("\n\n")
+    found = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", last, re.MULTILINE))
+    reason = " ".join(" ".join(body[1:]).split())
+    try:
+        scores = {int(seed): float(v) for seed, v in with_prefix(found, "Score-")}
+        if "Val-bpb" in found:
+            scores = {int(found["Seed"]): float(found["Val-bpb"]), **scores}
+        facts = {fact: float(found[name]) for name, fact in OWN.items() if name in found}
+        facts |= {name: float(v) for name, v in with_prefix(found, "Fact-")}
+        values = {"description": body[0], "reason": reason, "scores": scores, "facts": facts}
+        return read(Experiment, found, **values)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not the commit of an experiment: {text[:60]!r}") from error
+
+
+def with_prefix(found: Mapping[str, str], prefix: str) -> Iterator[tuple[str, str]]:
+    return ((name.removeprefix(prefix), v) for name, v in found.items() if name.startswith(prefix))
+
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], found: Mapping[str, str], **values: Any) -> T:
+    """A record from its trailers and the values of its other fields."""
+    for f in fields(kind):  # type: ignore[arg-type]
+        if is_dataclass(f.type):
+            values[f.name] = read(f.type, found)  # type: ignore[arg-type]
+        elif (name := f.metadata.get("trailer", "")) in found:
+            values[f.name] = {"s": str, "d": int}.get(f.metadata["form"][-1], float)(found[name])
+    return kind(**values)

@@ -1,0 +1,1 @@
+"""What a person sees: events, figures, the terminal, the status, the report."""

@@ -1,0 +1,85 @@
+"""Events: what the loop tells the view."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from autoresearch.journal.experiment import Experiment
+from autoresearch.task import Arena, Machine
+
+
+@dataclass(frozen=True)
+class Chosen:
+    agent: str
+    among: tuple[str, ...]  # the agents looked for, in that order
+
+
+@dataclass(frozen=True)
+class Preparing:
+    arena: str
+
+
+@dataclass(frozen=True)
+class Started:
+    tag: str
+    branch: str
+    agent: str
+    arena: Arena
+    machine: Machine
+    history: tuple[Experiment, ...]
+    agent_limit: float  # seconds of a call
+    exposed: str  # why train.py is not isolated; empty if it is
+
+
+@dataclass(frozen=True)
+class Asking:
+    number: int
+    attempt: int  # 0 is the idea, 1 and 2 are its repairs
+    crash: str = ""  # what is to be repaired
+
+
+@dataclass(frozen=True)
+class Training:
+    number: int
+    description: str
+
+
+@dataclass(frozen=True)
+class Refereeing:
+    number: int
+    score: float  # by train.py's own process
+
+
+@dataclass(frozen=True)
+class Settled:
+    experiment: Experiment
+    commit: str
+
+
+@dataclass(frozen=True)
+class Stalled:
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Repeated:
+    number: int
+    earlier: Experiment  # which trained the same program
+
+
+@dataclass(frozen=True)
+class Waiting:
+    why: str
+    until: datetime
+
+
+@dataclass(frozen=True)
+class Stopped:
+    reason: str
+    experiments: int  # of this call
+    best: Experiment | None
+    dollars: float  # of this call
+
+
+Happening = Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting
+Event = Chosen | Preparing | Started | Happening | Stopped

@@ -1,0 +1,136 @@
+"""Where a run stands: updated by events while it runs, kept on disk for other processes."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autoresearch.files import tail, write_whole
+from autoresearch.journal.experiment import Experiment
+from autoresearch.task import Arena, Machine, Progress, read_progress
+from autoresearch.view import events
+from autoresearch.view.events import Event
+from autoresearch.view.figures import figures
+
+NOW = "now.json"  # in the folder of a run
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the driver does: `preparing`, `asking`, `training`, `refereeing`, `waiting`, `stopped`,
+    or nothing yet. Times are seconds since 1970; `turn` is 0 for the idea, 1 and 2 for its repairs;
+    `detail` is the idea or the reason."""
+
+    name: str = ""
+    number: int = 0
+    turn: int = 0
+    detail: str = ""
+    since: float = 0.0
+    until: float | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """One moment of a run. `save` writes all but `experiments`, which git has."""
+
+    tag: str
+    phase: Phase = Phase()
+    agent: str = ""
+    arena: str = ""
+    budget: float = 0.0  # seconds of training
+    agent_limit: float = 0.0  # seconds of a call
+    gpu: str = ""
+    started: float = 0.0
+    dollars: float = 0.0  # spent by a call of the driver that has ended
+    experiments: tuple[Experiment, ...] = ()
+
+
+def update(status: Status, event: Event, now: float) -> Status:
+    """The status after an event."""
+    phase = status.phase
+    match event:
+        case events.Preparing(arena):
+            return replace(status, arena=arena, phase=Phase("preparing", since=now))
+        case events.Started():
+            known = with_facts(status, event.agent, event.arena, event.machine)
+            known = replace(known, agent_limit=event.agent_limit, experiments=event.history)
+            return replace(known, started=now, phase=Phase(since=now))
+        case events.Asking(number, turn):
+            phase = Phase("asking", number, turn, phase.detail if turn else "", now)
+        case events.Training(number, idea):
+            phase = Phase("training", number, 0, idea, now)
+        case events.Refereeing(number):
+            phase = Phase("refereeing", number, 0, phase.detail, now)
+        case events.Settled(experiment):
+            status = replace(status, experiments=(*status.experiments, experiment))
+            phase = Phase(since=now)
+        case events.Waiting(why, until):
+            phase = Phase("waiting", 0, 0, why, now, until.timestamp())
+        case events.Stopped(reason):
+            status = replace(status, dollars=event.dollars)
+            phase = Phase("stopped", 0, 0, reason, now)
+    return replace(status, phase=phase)
+
+
+def with_facts(status: Status, agent: str, arena: Arena, machine: Machine) -> Status:
+    return replace(status, agent=agent, arena=arena.name, budget=arena.budget, gpu=machine.gpu)
+
+
+def save(status: Status, path: Path) -> None:
+    """Write down where the run stands; a disk that is full or read-only must not end it."""
+    with suppress(OSError):
+        write_whole(path, json.dumps(asdict(replace(status, experiments=()))))
+
+
+def load(path: Path, tag: str, experiments: Sequence[Experiment]) -> Status:
+    """The status of a run whose experiments git has. The file may be missing, torn, or damaged."""
+    known = replace(Status(tag), experiments=tuple(experiments))
+    if experiments:
+        last = experiments[-1]
+        known = with_facts(known, last.agent, last.arena, last.machine)
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        phase = Phase(**checked_like(Phase(), saved.pop("phase")))
+        del saved["experiments"], saved["tag"]
+        return replace(known, **checked_like(known, saved), phase=phase)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return known
+
+
+def checked_like(pattern: object, values: dict[str, Any]) -> dict[str, Any]:
+    """Values from a file, if each is of the kind that an object has by that name; ValueError."""
+    for name, value in values.items():
+        wanted = type(getattr(pattern, name))
+        kinds = {float: (int, float), type(None): (int, float, type(None))}.get(wanted, (wanted,))
+        bounded = not isinstance(value, int | float) or abs(value) < 1e11
+        if not isinstance(value, kinds) or not bounded:
+            raise ValueError(f"{name} is {value!r}")
+    return values
+
+
+def progress(status: Status, folder: Path) -> Progress | None:
+    """How far the training is that runs now, by its log, in the folder of the run."""
+    log = folder / f"{status.phase.number:04d}" / "run.log"
+    return read_progress(tail(log)) if status.phase.name == "training" else None
+
+
+def state(status: Status, holder: str | None) -> str:
+    """`running`, `stopped`, or `died` where its driver ended without a word."""
+    ended = status.phase.name in ("", "stopped")
+    return "running" if holder else "stopped" if ended else "died"
+
+
+def facts(status: Status, folder: Path, holder: str | None) -> dict[str, object]:
+    """A status for scripts, in plain values; an unknown one is None."""
+    found, far = figures(status.experiments), progress(status, folder)
+    summary = asdict(found) | {"gain": found.gain, "dollars": found.dollars} if found else None
+    return {
+        "state": state(status, holder),
+        "holder": holder,
+        **{name: value for name, value in asdict(status).items() if name != "experiments"},
+        "progress": asdict(far) if far else None,
+        "figures": summary,
+        "experiments": [{**asdict(e), "score": e.score} for e in status.experiments],
+    }

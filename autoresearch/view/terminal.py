@@ -1,0 +1,290 @@
+"""The terminal: a live view, or a line for each event."""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import IO, cast
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from autoresearch.files import one_line, uninterrupted
+from autoresearch.journal.experiment import Experiment, difference, score
+from autoresearch.task import Progress
+from autoresearch.view import events
+from autoresearch.view.events import Event
+from autoresearch.view.figures import Figures, count, duration, figures, money, running_best, shares
+from autoresearch.view.status import NOW, Phase, Status, progress, save, state, update
+
+STYLES = {"keep": "bold green", "discard": "dim", "crash": "red"}
+LAST = 10  # experiments listed
+
+
+class Output:
+    """Standard output, which may go away with its terminal while the research goes on."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
+
+
+class Display:
+    """Shows every event of a run, and keeps on disk where the run stands."""
+
+    def __init__(self, tag: str, folder: Path, plain: bool):
+        self.status = Status(tag)
+        self.folder = folder
+        file = cast("IO[str]", Output())
+        self.console = Console(
+            file=file, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
+        self.plain = plain or not sys.stdout.isatty() or self.console.is_dumb_terminal
+        self.live: Live | None = None
+        self.notes: list[str] = []  # events that the live view would not show a moment later
+
+    def __call__(self, event: Event) -> None:
+        before, self.status = self.status, update(self.status, event, time.time())
+        if self.status != before:
+            save(self.status, self.folder / NOW)
+        if isinstance(event, events.Started) and not self.plain:
+            self.open()
+        if isinstance(event, events.Stopped):
+            self.close()
+        said = f"{datetime.now():%H:%M:%S}  {line(event)}"
+        if self.live is None:
+            style = STYLES[event.experiment.verdict] if isinstance(event, events.Settled) else ""
+            self.console.print(said, style=style)
+        else:
+            if isinstance(event, events.Stalled | events.Repeated):
+                self.notes = [*self.notes[-99:], said]
+            self.live.refresh()
+
+    def open(self) -> None:
+        self.live = Live(
+            get_renderable=self.view,
+            console=self.console,
+            screen=True,
+            refresh_per_second=2,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        with uninterrupted():  # its thread inherits the mask: signals go to the main thread
+            self.live.start(refresh=True)
+
+    def close(self) -> None:
+        """Give the terminal back, with the last view and the notes on it."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+            self.console.print(self.view(), soft_wrap=False)
+            self.console.print("\n".join(self.notes))
+
+    def view(self) -> RenderableType:
+        try:
+            far, note = progress(self.status, self.folder), "\n".join(self.notes[-3:])
+            return render(self.status, far, time.time(), note)
+        except Exception as error:  # a view that fails must not end the research
+            return Text(f"this cannot be shown: {error!r}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The view of a status
+
+
+def render(status: Status, progress: Progress | None, now: float, note: str = "") -> RenderableType:
+    """A status at a time. `note` stands below the phase: who runs it, or the latest events."""
+    found = figures(status.experiments)
+    where = f"{status.arena}, {status.budget:g} s each" if status.arena else ""
+    facts = " · ".join(filter(None, (where, status.gpu or "the CPU", status.agent)))
+    title = Text.assemble((status.tag, "bold"), "  ", (facts, "dim"))
+    title.no_wrap, title.overflow = True, "ellipsis"
+    parts: list[RenderableType] = [title, *(headline(found) if found else ["no baseline yet"])]
+    if len(status.experiments) > 1:
+        curve = sparkline(running_best(status.experiments))
+        parts.append(Text.assemble((curve, "green"), ("  best so far", "dim")))
+    parts += ["", *phase(status, progress, now, note)]
+    if status.experiments:
+        parts += ["", table(status.experiments[: -LAST - 1 : -1])]
+    return Group(*parts)
+
+
+def one_row(*parts: str | tuple[str, str], style: str = "") -> Text:
+    """Text that is cut where the line ends."""
+    return Text.assemble(*parts, style=style, overflow="ellipsis", no_wrap=True)
+
+
+def headline(f: Figures) -> list[RenderableType]:
+    best, share = f.best, f.gain / f.baseline if f.baseline else 0.0
+    idea, gain = "nothing better yet", ""
+    if best.number:
+        idea = f"experiment {best.number}: {best.description}"
+        gain = f"{-f.gain:+.6f} ({-share:+.2%})  "
+    verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
+    rate = f", {f.hourly:.1f} an hour" if f.experiments else ""
+    beside = f"  baseline {f.baseline:.6f}  "
+    rows = [
+        one_row("best ", (score(best), "bold green"), beside, (gain, "bold"), idea),
+        one_row(f"{count(f.experiments)}: {verdicts}{rate}"),
+        one_row(f"time: {shares(f.seconds)}", style="dim"),
+    ]
+    if spent := money(f):
+        rows.append(one_row(f"spent: {spent}", style="dim"))
+    return list(rows)
+
+
+def phase(status: Status, progress: Progress | None, now: float, note: str) -> list[RenderableType]:
+    """What the driver does, and how far that is."""
+    words, bar = describe_phase(status, progress, now)
+    lines: list[RenderableType] = [one_row(words)] if words else []
+    if bar:
+        done, said = min(bar[0], 1.0), bar[1]
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(1.0, done, width=30), f"{done:4.0%}", said)
+        lines.append(row)
+    if note:
+        lines.append(one_row(note, style="dim"))
+    return lines
+
+
+def describe_phase(
+    status: Status, progress: Progress | None, now: float
+) -> tuple[str, tuple[float, str] | None]:
+    """The phase in words; what part of it is done, and what to say of that."""
+    p, elapsed = status.phase, max(now - status.phase.since, 0.0)
+    number = f"{p.number:04d}"
+    match p.name:
+        case "preparing":
+            return f"preparing the arena {status.arena}", None
+        case "asking":
+            repair = f" for repair {p.turn} of: {p.detail}" if p.turn else ""
+            said = f"{duration(elapsed)} of {duration(status.agent_limit)} at most"
+            words = f"{number} asking {status.agent}{repair}"
+            return words, (elapsed / (status.agent_limit or 1), said)
+        case "training" if progress:
+            done = progress.percent / 100
+            left = duration(status.budget * (1 - done))
+            speed = f"  {progress.speed / 1000:,.0f}k tok/s" if progress.speed else ""
+            said = f"loss {progress.loss:.3f}{speed}  {left} left"
+            return f"{number} training: {p.detail}", (done, said)
+        case "training":
+            return f"{number} training: {p.detail}", (0.0, f"starting, {duration(elapsed)}")
+        case "refereeing":
+            return f"{number} the referee scores it: {p.detail}", None
+        case "waiting" if p.until:
+            done = elapsed / max(p.until - p.since, 1)
+            words = f"waiting until {datetime.fromtimestamp(p.until):%H:%M:%S of %d %b}: {p.detail}"
+            return words, (done, f"{duration(max(p.until - now, 0))} left")
+        case "stopped":
+            spent = f"; ${status.dollars:.2f} spent" if status.dollars else ""
+            return f"stopped: {p.detail}{spent}", None
+    return "", None
+
+
+def table(experiments: Sequence[Experiment]) -> Table:
+    """Experiments in the order given, one line each."""
+    rows = Table(box=None, padding=(0, 1, 0, 0), expand=True, header_style="dim")
+    for name in ("nr", "verdict", "val_bpb", "change", "min"):
+        rows.add_column(name, no_wrap=True, justify="left" if name == "verdict" else "right")
+    rows.add_column("idea", no_wrap=True, overflow="ellipsis", ratio=1)
+    for e in experiments:
+        known = "" if e.score is None else score(e)
+        cells = (f"{e.number}", e.verdict, known, difference(e), f"{e.minutes:.1f}", e.headline)
+        rows.add_row(*map(Text, cells), style=STYLES[e.verdict])
+    return rows
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """A curve of at most `width` characters, from the lowest value to the highest.
+
+    >>> sparkline([3.0, 2.0, 1.0])
+    '█▅▁'
+    """
+    if len(values) > width:
+        values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((value - low) / span * 7)] for value in values)
+
+
+def standing(status: Status, folder: Path, holder: str | None) -> RenderableType:
+    """The view of a run that another process runs, or that has ended."""
+    now = state(status, holder)
+    note = {
+        "running": f"running, {holder}",
+        "stopped": "not running",
+        "died": "not running: the driver ended without a word; the same command resumes it",
+    }[now]
+    if now == "died":
+        p = status.phase
+        at = f"at {p.name} {p.number:04d} {p.detail}".strip()
+        status = replace(status, phase=Phase("stopped", detail=at))
+    return render(status, progress(status, folder), time.time(), note)
+
+
+# --------------------------------------------------------------------------------------------------
+# A line for each event
+
+
+def line(event: Event) -> str:
+    match event:
+        case events.Chosen(agent, among):
+            names = ", ".join(among)
+            return f"agent {agent}, the first installed of {names}; --agent takes another"
+        case events.Preparing(arena):
+            return f"preparing the arena {arena}"
+        case events.Started():
+            return describe_start(event)
+        case events.Asking(number, 0):
+            return f"{number:04d} asking the agent"
+        case events.Asking(number, attempt, crash):
+            return f"{number:04d} crashed: {one_line(crash)}; asking for repair {attempt}"
+        case events.Training(number, description):
+            return f"{number:04d} training: {description}"
+        case events.Refereeing(number, claimed):
+            return f"{number:04d} would be kept with {claimed:.6f}; the referee scores the model"
+        case events.Settled(e, commit):
+            change = f" ({difference(e)})" if difference(e) else ""
+            return f"{e.number:04d} {e.verdict:7s} {score(e)}{change} {e.headline} ({commit[:10]})"
+        case events.Stalled(number, reason):
+            return f"{number:04d} no experiment: {one_line(reason)}"
+        case events.Repeated(number, earlier):
+            return f"{number:04d} the same program as experiment {earlier.number}; asking once more"
+        case events.Waiting(why, until):
+            at = f"{until.astimezone():%H:%M:%S of %d %b}"
+            return f"waiting until {at}: {one_line(why, 500)}"
+        case events.Stopped(reason, experiments, best, dollars):
+            found = ""
+            if best:
+                found = f"; best {score(best)}, experiment {best.number}: {best.description}"
+            spent = f"; ${dollars:.2f} spent" if dollars else ""
+            return f"stopped: {reason}; {count(experiments)} recorded in this call{spent}{found}"
+
+
+def describe_start(event: events.Started) -> str:
+    found, where = figures(event.history), event.machine.gpu or "the CPU"
+    so_far = "a new run"
+    if found:
+        so_far = f"resuming after {count(found.experiments)}, best {score(found.best)}"
+    arena = f"arena {event.arena.name}, {event.arena.budget:g} s each, on {where}"
+    exposed = f"WITH the network and your processes ({event.exposed})"
+    sandbox = exposed if event.exposed else "without network"
+    who = f"agent {event.agent}; branch {event.branch}; train.py {sandbox}"
+    return f"{event.tag}: {so_far}; {arena}; {who}"

@@ -1,0 +1,1 @@
+"""What prepare.py stands on: tokens and downloads."""

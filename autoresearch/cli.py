@@ -325,8 +325,6 @@ def main(research: Research, argv: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[options.command][0](options, research)
     except KeyboardInterrupt:
-        for signum in STOPS:  # Python drops our handlers as it ends, when a second Ctrl-C may come
-            signal.signal(signum, signal.SIG_IGN)
         return 130
     except BrokenPipeError:  # of `loop.py prompt | head`
         return 0
@@ -336,6 +334,8 @@ def main(research: Research, argv: list[str] | None = None) -> int:
                 print(f"error: {said}", file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
     finally:
+        for signum in STOPS:  # Python drops our handlers as it ends: a late Ctrl-C would kill it
+            signal.signal(signum, signal.SIG_IGN)
         close_output()
 
 

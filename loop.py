@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -226,7 +226,7 @@ def train(study: Study, idea: Idea) -> Run:
         "alive": str(journal.alive),
         "git_dir": str(study.checkout.git_dir),
         "commit": edit.commit,
-        "conditions": study.conditions.spec(),
+        "conditions": asdict(study.conditions),
         "card": study.machine.card,
         "lines": edit.added - edit.removed,
         "incumbent": journal.incumbent_score,

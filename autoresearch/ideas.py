@@ -1,10 +1,10 @@
 """The nouns of the loop before an experiment is recorded: Reply, Trouble, Usage, Edit, Run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from autoresearch.task import EDITABLE, trailer
 
@@ -30,23 +30,11 @@ class Usage:
     cost_usd: float | None = trailer("Cost-usd", ".4f", default=None)
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.seconds + other.seconds,
-            other.model or self.model,
-            add_known(self.calls, other.calls),
-            add_known(self.turns, other.turns),
-            add_known(self.tokens_in, other.tokens_in),
-            add_known(self.tokens_cached, other.tokens_cached),
-            add_known(self.tokens_out, other.tokens_out),
-            add_known(self.cost_usd, other.cost_usd),
-        )
-
-
-Number = TypeVar("Number", int, float)
-
-
-def add_known(a: Number | None, b: Number | None) -> Number | None:
-    return b if a is None else a if b is None else a + b
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        model = other.model or self.model
+        known = {name: [v for v in pair if v is not None] for name, pair in pairs.items()}
+        sums = {name: sum(v) if v else None for name, v in known.items() if name != "model"}
+        return Usage(model=model, **sums)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from autoresearch.files import UserError, one_line
 EDITABLE = "train.py"  # the one file that an experiment changes
 METRIC = "val_bpb"
 TIE = 0.0002  # val_bpb: two runs of one program differ by so much
-MAX_PROGRAM = (
-    1_000_000  # bytes; a program that a person can hold in their head is a twentieth of it
-)
+MAX_PROGRAM = 1_000_000  # bytes, twenty times what a person can hold in their head
 
 
 def trailer(name: str, form: str = "s", **default: Any) -> Any:
@@ -164,9 +162,8 @@ def read_summary(log: str, budget: float) -> dict[str, float]:
     blocks = re.split(r"^---$", log, flags=re.MULTILINE)[1:]
     blocks = [block for block in blocks if re.search(rf"^{METRIC}:", block, re.MULTILINE)]
     if len(blocks) != 1:
-        raise ValueError(
-            f"{len(blocks)} summaries were printed" if blocks else "no summary was printed"
-        )
+        printed = f"{len(blocks)} summaries were" if blocks else "no summary was"
+        raise ValueError(f"{printed} printed")
     lines = re.findall(r"^(\w+):\s*(\S+)$", blocks[0], re.MULTILINE)
     values = {}
     for name in REQUIRED:

@@ -271,7 +271,6 @@ def test_what_is_written_down_may_be_torn(tmp_path: Path) -> None:
     status.save(replace(update(Status("t"), started(()), 0.0), budget=7.0), path)
     good = path.read_text()
     assert status.load(path, "t", ()).budget == 7.0
-    odd = (good.replace("7.0", word) for word in ('"x"', "null", "1e30", "NaN", "[]"))
     for text in (
         "",
         "{",
@@ -279,7 +278,7 @@ def test_what_is_written_down_may_be_torn(tmp_path: Path) -> None:
         '{"phase": 3}',
         "[]",
         '{"phase": {"name": "asking", "odd": 1}}',
-        *odd,
+        good[:-9],
     ):
         path.write_text(text)
         assert status.load(path, "t", timed(night(2))).arena == "climbmix"

@@ -1,17 +1,16 @@
 """The offline agent: honest random search, within bounds, never twice the same."""
 
-import ast
 import random
 
 from conftest import ROOT, Project
 
-from autoresearch.agents.random_search import find_constants, propose
+from autoresearch.agents.random_search import CONSTANT, NUMBER, propose, read
 
 SOURCE = (ROOT / "train.py").read_text()
 
 
 def test_it_finds_the_constants_of_train_py() -> None:
-    names = {constant.name for constant in find_constants(SOURCE)}
+    names = {found[1] for found in CONSTANT.finditer(SOURCE)}
     assert {"DEPTH", "BATCH", "MATRIX_LR", "WARMDOWN", "FINAL_LR"} <= names
     assert "MICRO_BATCH" not in names and "T" not in names
 
@@ -21,16 +20,13 @@ def test_proposals_stay_within_bounds() -> None:
     rng, source, moved = random.Random(0), SOURCE, set()
     for _ in range(300):
         before, (source, _) = source, propose(source, rng)
-        for constant in find_constants(source):
-            values = [
-                eval(compile(ast.Expression(number), "", "eval")) for number in constant.numbers
-            ]
-            assert all(constant.low <= value <= constant.high for value in values), constant.name
+        for name, value, low, high in CONSTANT.findall(source):
+            assert all(read(low) <= read(n) <= read(high) for n in NUMBER.findall(value)), name
+        compile(source, "train.py", "exec")
         lines = zip(before.splitlines(), source.splitlines(), strict=True)
         moved |= {old.split()[0] for old, new in lines if old != new}
-    assert moved == {
-        constant.name for constant in find_constants(SOURCE)
-    }  # each of them, from zero as well
+    # each of them, from zero as well
+    assert moved == {found[1] for found in CONSTANT.finditer(SOURCE)}
 
 
 def test_it_says_what_it_did() -> None:

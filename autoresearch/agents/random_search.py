@@ -7,12 +7,9 @@ It knows nothing of training. A constant takes part when its comment starts with
 tried again. It is the control arm: a real agent should beat it.
 """
 
-import ast
 import os
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from autoresearch.journal.changes import fingerprint
@@ -20,108 +17,62 @@ from autoresearch.journal.git import run_git
 
 FACTORS = (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)
 TRIES = 200
+# A line `NAME = value # [low, high] ...`: name, value, low, high
+CONSTANT = re.compile(r"^([A-Z]\w*) *= *([^#\n]+)# *\[([^],\n]+),([^],\n]+)\]", re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w.])\d[\d.]*(?:e[+-]?\d+)?(?:\*\*\d+)?")
 
 
-@dataclass(frozen=True)
-class Constant:
-    """One line `NAME = value # [low, high] ...`; the value may be a call with a number for each
-    machine."""
-
-    name: str
-    line: int
-    numbers: tuple[ast.expr, ...]
-    low: float
-    high: float
+def read(number: str) -> float:
+    """
+    >>> read("2**10")
+    1024.0
+    """
+    base, _, exponent = number.partition("**")
+    return float(base) ** int(exponent or 1)
 
 
-def find_constants(source: str) -> list[Constant]:
-    """The constants of a program that declare a range, in order."""
-    found, lines = [], source.splitlines()
-    for node in ast.parse(source).body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value, end_lineno=int(number)) if (
-                name.isupper()
-            ):
-                bounds = re.search(r"#\s*\[\s*([^,\]]+),\s*([^\]]+)\]", lines[number - 1])
-                if bounds:
-                    low, high = (float(ast.literal_eval(power(bound))) for bound in bounds.groups())
-                    found.append(Constant(name, number - 1, tuple(numbers(value)), low, high))
-    return found
-
-
-def power(text: str) -> str:
-    """A bound as a literal: `2**10` reads as `1024`."""
-    base, stars, exponent = text.strip().partition("**")
-    return str(int(base) ** int(exponent)) if stars else base
-
-
-def numbers(value: ast.expr) -> Iterator[ast.expr]:
-    """The literal numbers of an expression, `2**n` as one."""
-    match value:
-        case ast.Constant(value=int() | float()) if not isinstance(value.value, bool):
-            yield value
-        case ast.BinOp(left=ast.Constant(), op=ast.Pow(), right=ast.Constant()):
-            yield value
-        case ast.Call(args=arguments):
-            for argument in arguments:
-                yield from numbers(argument)
-
-
-def step(number: ast.expr, factor: float, low: float, high: float) -> str:
-    """A number moved by a factor and held within its range, as source: powers stay powers and
-    integers integers."""
-    match number:
-        case ast.BinOp(left=ast.Constant(value=int(base)), right=ast.Constant(value=int(exponent))):
-            moved = exponent + (1 if factor > 1 else -1)
-            return f"{base}**{moved if low <= base**moved <= high else exponent}"
-        case ast.Constant(value=int(old)):
-            new = round(old * factor)
-            new += (new == old) * (1 if factor > 1 else -1)
-            return str(int(min(max(new, low), high)))
-        case ast.Constant(value=float(old)):
-            if old == low == 0:
-                moved_to = high * 0.1 * factor  # a factor cannot leave zero
-            elif high < 1 and old >= 0.5:
-                moved_to = (
-                    1 - (1 - old) / factor
-                )  # a decay rate: what counts is its distance from 1
-            else:
-                moved_to = old * factor
-            bounded = min(max(moved_to, low), high)
-            return repr(
-                float(f"{bounded:.3g}") if bounded < 0.99 else round(bounded, 5)
-            )  # 0.9996 is not 1.0
-        case _:
-            raise AssertionError(ast.dump(number))
+def step(number: str, factor: float, low: float, high: float) -> str:
+    """A number moved by a factor and held within its range: powers stay powers, and integers
+    integers."""
+    base, power, exponent = number.partition("**")
+    up = 1 if factor > 1 else -1
+    if power:
+        moved = f"{base}**{int(exponent) + up}"
+        return moved if low <= read(moved) <= high else number
+    old = float(number)
+    if number.isdigit():
+        near = round(old * factor)
+        return str(int(min(max(near + up * (near == old), low), high)))
+    new = old * factor
+    if old == low == 0:
+        new = high * 0.1 * factor  # a factor cannot leave zero
+    elif high < 1 and old >= 0.5:
+        new = 1 - (1 - old) / factor  # a decay rate: what counts is its distance from 1
+    new = min(max(new, low), high)
+    return repr(float(f"{new:.3g}") if new < 0.99 else round(new, 5))  # 0.9996 is not 1.0
 
 
 def propose(source: str, rng: random.Random) -> tuple[str, list[str]]:
     """Move one or two constants of a program. Returns the new program and what changed; nothing may
     have."""
-    constants = find_constants(source)
-    lines, changes = source.splitlines(keepends=True), []
-    for constant in rng.sample(constants, min(len(constants), rng.choice((1, 1, 2)))):
-        factor, old = rng.choice(FACTORS), lines[constant.line]
-        new = [step(number, factor, constant.low, constant.high) for number in constant.numbers]
-        if any(
-            ast.unparse(ast.parse(text)) == ast.unparse(was)
-            for text, was in zip(new, constant.numbers, strict=True)
-        ):
-            continue  # at its bound for one machine, which may be this one: all must move
-        for number, text in reversed(list(zip(constant.numbers, new, strict=True))):
-            lines[constant.line] = replace(lines[constant.line], number, text)
-        changes.append(f"{constant.name} {value_of(old)} -> {value_of(lines[constant.line])}")
-    return "".join(lines), changes
+    constants, changes = list(CONSTANT.finditer(source)), []
+    chosen = rng.sample(constants, min(len(constants), rng.choice((1, 1, 2))))
+    for constant in sorted(chosen, key=re.Match.start, reverse=True):  # the last first: it moves
+        name, value, *bounds = constant.groups()
+        low, high = map(read, bounds)
+        factor, numbers = rng.choice(FACTORS), NUMBER.findall(value)
+        # a value may be a call with a number for each machine, this one's among them: all must move
+        if not all(read(step(n, factor, low, high)) != read(n) for n in numbers):
+            continue
+        new = NUMBER.sub(lambda n, f=factor, a=low, b=high: step(n[0], f, a, b), value).rstrip()
+        start, end = constant.span(2)
+        source = f"{source[:start]}{new:<{len(value) - 1}} {source[end:]}"
+        changes.append(f"{name} {in_words(value)} -> {in_words(new)}")
+    return source, changes
 
 
-def replace(line: str, number: ast.expr, text: str) -> str:
-    """Put a number's new text into its line."""
-    return line[: number.col_offset] + text + line[number.end_col_offset :]
-
-
-def value_of(line: str) -> str:
-    """A line's value as it reads in a sentence: of a call, the first number stands for all."""
-    value = line.partition("=")[2].partition("#")[0]
+def in_words(value: str) -> str:
+    """As it reads in a sentence: of a call, the first number stands for all."""
     return re.sub(r",.*\)$", ", …)", " ".join(value.split()))
 
 

@@ -40,7 +40,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (SPEC, OUTCOME, LOG):  # an agent or a run may have put anything there
             remove(folder / name)
-        write_whole(folder / SPEC, json.dumps({**spec, "driver": os.getpid()}))
+        write_whole(folder / SPEC, json.dumps({**spec, "driver": os.getpid()}, default=str))
         with uninterrupted(), (folder / LOG).open("wb") as log:
             self.process = subprocess.Popen(
                 # -S: it needs no installed package, and starts sooner

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autoresearch import task
 from autoresearch.files import UserError, one_line, remove, tail
 from autoresearch.ideas import Run
 from autoresearch.jobs import gpu
@@ -18,19 +19,7 @@ from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Sandbox
 from autoresearch.journal.git import changed_files, checkout_tree
 from autoresearch.pace import PACE
-from autoresearch.task import (
-    MAX_LINE,
-    MAX_LOG,
-    METRIC,
-    NOT_FINITE,
-    TIE,
-    Arena,
-    is_better,
-    prepare_arena,
-    read_curve,
-    read_failure,
-    read_summary,
-)
+from autoresearch.task import METRIC, TIE, Arena, is_better, prepare_arena
 
 Stamps = dict[str, list[int]]
 
@@ -63,14 +52,9 @@ class Conditions:
         manifest = read_text(arena.folder / MANIFEST)
         return cls(arena, seed, limit, sandbox, stamps_of(arena.folder), manifest)
 
-    def spec(self) -> dict[str, Any]:
-        """As job.json holds it."""
-        facts = asdict(self)
-        facts["arena"]["folder"] = str(self.arena.folder)
-        return facts
-
     @classmethod
     def read(cls, spec: dict[str, Any]) -> "Conditions":
+        """What job.json holds of it."""
         arena = Arena(**{**spec["arena"], "folder": Path(spec["arena"]["folder"])})
         return cls(**{**spec, "arena": arena, "sandbox": Sandbox(**spec["sandbox"])})
 
@@ -232,7 +216,7 @@ class RunJob:
         if ended.code is None:
             return refuse(f"the referee: killed {ended.why}", end)
         if ended.code:
-            return refuse(f"the referee: {read_failure(ended.code, end)}", end)
+            return refuse(f"the referee: {task.read_failure(ended.code, end)}", end)
         # not always the last line: a library may have the last word
         judged = [line for line in end.splitlines() if line.startswith("judged: ")]
         if not judged:
@@ -250,14 +234,14 @@ class RunJob:
 def read_run(budget: float, ended: Exit, monitor: "ClockMonitor", log: Path) -> Run:
     """How a training ended. The monitor's own clock and count check its claims."""
     end, seconds = tail(log), {"run_seconds": ended.seconds}
-    run = Run(log=end, curve=read_curve(tail(log, MAX_LOG)), facts=seconds)
+    run = Run(log=end, curve=task.read_curve(tail(log, task.MAX_LOG)), facts=seconds)
     if ended.code is None:
         diverged = monitor.diverged
         return replace(run, crash=diverged or f"killed {ended.why}", repairable=bool(diverged))
     if ended.code:
-        return replace(run, crash=read_failure(ended.code, end), repairable=True)
+        return replace(run, crash=task.read_failure(ended.code, end), repairable=True)
     try:
-        summary = read_summary(tail(log, 100_000), budget)
+        summary = task.read_summary(tail(log, 100_000), budget)
         monitor.check(summary)
     except ValueError as error:
         return replace(run, crash=str(error), repairable=True)
@@ -311,7 +295,7 @@ class ClockMonitor:
         patience = PACE.quiet if self.drawn else self.startup
         if self.last != b")" and now - self.stopped > patience:
             return f"since no step was finished in {patience:g} s"
-        if found := NOT_FINITE.search(tail(self.log, MAX_LINE)):
+        if found := task.NOT_FINITE.search(tail(self.log, task.MAX_LINE)):
             self.diverged = f"the loss is not finite: {one_line(found[0])}"
         return self.diverged
 

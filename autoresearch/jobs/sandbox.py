@@ -20,17 +20,8 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH(?!OR)", re.IGNORECAS
 # util-linux: namespaces of its own for users, network (without loopback), processes and /proc. When
 # the keeper dies, the kernel kills everything in it, whatever it did to hide.
 NAMESPACES = [
-    "setpriv",
-    "--pdeathsig=KILL",
-    "unshare",
-    "--user",
-    "--map-current-user",
-    "--net",
-    "--pid",
-    "--fork",
-    "--kill-child=SIGKILL",
-    "--mount-proc",
-    "--",
+    *("setpriv", "--pdeathsig=KILL", "unshare", "--user", "--map-current-user", "--net", "--pid"),
+    *("--fork", "--kill-child=SIGKILL", "--mount-proc", "--"),
 ]
 
 

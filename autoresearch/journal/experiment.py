@@ -100,14 +100,10 @@ def write(record: Any) -> Iterator[tuple[str, str]]:
             for seed, score in value.items():
                 yield "Val-bpb" if seed == record.seed else f"Score-{seed}", f"{score:{SCORE}}"
         elif f.name == "facts":
-            yield from (
-                (name, f"{value[fact]:{FACTS[fact]}}")
-                for name, fact in OWN.items()
-                if fact in value
-            )
-            yield from (
-                (f"Fact-{name}", f"{v:g}") for name, v in value.items() if name not in FACTS
-            )
+            known = {name: fact for name, fact in OWN.items() if fact in value}
+            others = [name for name in value if name not in FACTS]
+            yield from ((name, f"{value[fact]:{FACTS[fact]}}") for name, fact in known.items())
+            yield from ((f"Fact-{name}", f"{value[name]:g}") for name in others)
         elif is_dataclass(value):
             yield from write(value)
         elif "trailer" in f.metadata and value not in (None, ""):

@@ -54,14 +54,8 @@ class Repo:
     @classmethod
     def at(cls, tree: Path) -> "Repo":
         """The repository that a directory is the top of; GitError when it is not."""
-        ask = [
-            "rev-parse",
-            "--path-format=absolute",
-            "--show-toplevel",
-            "--git-dir",
-            "--git-common-dir",
-        ]
-        found = run_git("-C", str(tree), *ask).splitlines()
+        asked = "--path-format=absolute --show-toplevel --git-dir --git-common-dir"
+        found = run_git("-C", str(tree), "rev-parse", *asked.split()).splitlines()
         top, git_dir, common_dir = map(Path, found)
         if top != tree.resolve():
             raise GitError(("rev-parse",), 1, "", f"{tree} lies inside the repository {top}")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from autoresearch.files import tail, write_whole
 from autoresearch.journal.experiment import Experiment
@@ -85,29 +84,18 @@ def save(status: Status, path: Path) -> None:
 
 
 def load(path: Path, tag: str, experiments: Sequence[Experiment]) -> Status:
-    """The status of a run whose experiments git has. The file may be missing, torn, or damaged."""
+    """The status of a run whose experiments git has. The file may be missing or of another
+    version."""
     known = replace(Status(tag), experiments=tuple(experiments))
     if experiments:
         last = experiments[-1]
         known = with_facts(known, last.agent, last.arena, last.machine)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        phase = Phase(**checked_like(Phase(), saved.pop("phase")))
-        del saved["experiments"], saved["tag"]
-        return replace(known, **checked_like(known, saved), phase=phase)
+        phase = Phase(**saved.pop("phase"))
+        return replace(known, **saved | {"experiments": known.experiments}, phase=phase)
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return known
-
-
-def checked_like(pattern: object, values: dict[str, Any]) -> dict[str, Any]:
-    """Values from a file, if each is of the kind that an object has by that name; ValueError."""
-    for name, value in values.items():
-        wanted = type(getattr(pattern, name))
-        kinds = {float: (int, float), type(None): (int, float, type(None))}.get(wanted, (wanted,))
-        bounded = not isinstance(value, int | float) or abs(value) < 1e11
-        if not isinstance(value, kinds) or not bounded:
-            raise ValueError(f"{name} is {value!r}")
-    return values
 
 
 def progress(status: Status, folder: Path) -> Progress | None:

@@ -123,6 +123,8 @@ def attempt(study: Study, feedback: str) -> Trouble | None:
         if isinstance(trouble, Busy) and not study.limits.reached():
             pauses += 1
             pause(study, trouble, pauses)
+            if study.limits.reached():
+                break
         elif trouble:
             break
         else:
@@ -238,11 +240,14 @@ def train(study: Study, idea: Idea) -> Run:
         outcome = wait_for_job(study, Job(idea.folder, spec, os.environ))
         if outcome and not outcome.get("void"):
             break
-    if not outcome:
-        raise UserError(f"a run ended without an outcome {RUNS} times: see {idea.folder / LOG}")
+    else:
+        lost = f"{RUNS} runs in a row were lost, or stood still with the machine"
+        raise UserError(f"{lost}: see {idea.folder / LOG}")
     if trouble := outcome.get("trouble"):
         raise UserError(trouble)
-    study.conditions.stamps.update(outcome["stamps"])
+    stamps = study.conditions.stamps
+    stamps.clear()
+    stamps.update(outcome["stamps"])
     return Run(**outcome["run"])
 
 

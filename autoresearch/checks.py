@@ -98,7 +98,7 @@ def explain(error: Exception) -> str:
     """An error in one line; an unforeseen one with its type and place."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, GitError | OSError | argparse.ArgumentTypeError):
+    if isinstance(error, GitError | OSError | subprocess.SubprocessError):
         return one_line(str(error), 500)
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     place = f"{Path(frame.f_code.co_filename).name}:{line}"

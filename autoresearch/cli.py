@@ -136,7 +136,10 @@ def settle_options(options: argparse.Namespace) -> checks.Setup:
         raise UserError(f"--train-timeout must be at least {least:g} s; --help tells more", 2)
     if cache := os.environ.get("AUTORESEARCH_CACHE"):
         os.environ["AUTORESEARCH_CACHE"] = str(Path(cache).resolve())
-    seed = natural_number(os.environ.get("AUTORESEARCH_SEED", "42"))
+    try:
+        seed = natural_number(os.environ.get("AUTORESEARCH_SEED", "42"))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"AUTORESEARCH_SEED: {error}", 2) from None
     return checks.Setup(ROOT, options, seed)
 
 
@@ -164,28 +167,7 @@ def run(options: argparse.Namespace, research: Research) -> int:
         lock(device, machine.gpu or "the CPU", f"run {options.tag}"),
     ):
         journal.reconcile()
-        show(events.Preparing(options.arena))
-        tree = AgentTree(setup.checkout, journal.folder / "tree", journal.folder / "index")
-        tree.hand_out(journal.base)  # with the prepare.py that makes the arena
-        arena = prepare_arena(tree.path, options.arena)
-        limit = options.train_timeout or max(PACE.shortest_limit, 2 * arena.budget)
-        if limit <= arena.budget:
-            short = f"--train-timeout {limit:g} ends a run before its budget"
-            raise UserError(f"{short} of {arena.budget:g} s", 2)
-        checks.check_comparable(journal, arena, machine, setup.seed)
-        study = Study(
-            checkout=setup.checkout,
-            journal=journal,
-            tree=tree,
-            conditions=Conditions.of(arena, setup.seed, limit, setup.sandbox),
-            machine=machine,
-            idle=gpu.used(machine),
-            agent=setup.agent,
-            agent_limit=options.agent_timeout,
-            limits=limits,
-            show=show,
-        )
-        code = work(study, research)
+        code = work(setup, limits, show, research)
     if journal.history and not options.no_report:
         options.results = None
         try:
@@ -195,12 +177,13 @@ def run(options: argparse.Namespace, research: Research) -> int:
     return code
 
 
-def work(study: Study, research: Research) -> int:
-    """Research, and leave everything in order, whatever ends it."""
-    journal, limits = study.journal, study.limits
+def work(setup: checks.Setup, limits: Limits, show: Display, research: Research) -> int:
+    """Prepare the arena, research, and leave everything in order, whatever ends it."""
+    journal = setup.journal
     code, ended = 1, "an error"
     try:
-        study.show(
+        study = make_study(setup, limits, show)
+        show(
             events.Started(
                 journal.tag,
                 journal.branch,
@@ -221,8 +204,37 @@ def work(study: Study, research: Research) -> int:
         raise
     finally:
         with uninterrupted():
-            study.show(events.Stopped(ended, limits.done, journal.best, limits.dollars_spent))
+            show(events.Stopped(ended, limits.done, journal.best, limits.dollars_spent))
     return code
+
+
+def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
+    """Make the arena ready; UserError where the run went on under other conditions."""
+    options, journal, machine = setup.options, setup.journal, setup.machine
+    show(events.Preparing(options.arena))
+    tree = AgentTree(setup.checkout, journal.folder / "tree", journal.folder / "index")
+    tree.hand_out(journal.base)  # with the prepare.py that makes the arena
+    try:
+        arena = prepare_arena(tree.path, options.arena)
+    finally:
+        tree.discard()
+    limit = options.train_timeout or max(PACE.shortest_limit, 2 * arena.budget)
+    if limit <= arena.budget:
+        short = f"--train-timeout {limit:g} ends a run before its budget"
+        raise UserError(f"{short} of {arena.budget:g} s", 2)
+    checks.check_comparable(journal, arena, machine, setup.seed)
+    return Study(
+        checkout=setup.checkout,
+        journal=journal,
+        tree=tree,
+        conditions=Conditions.of(arena, setup.seed, limit, setup.sandbox),
+        machine=machine,
+        idle=gpu.used(machine),
+        agent=setup.agent,
+        agent_limit=options.agent_timeout,
+        limits=limits,
+        show=show,
+    )
 
 
 # --------------------------------------------------------------------------------------------------

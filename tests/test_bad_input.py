@@ -186,6 +186,15 @@ def test_what_cannot_be_compared(project: Project, what: str) -> None:
         project.write("autoresearch/jobs/gpu.py", text.replace('if arena == "demo":', "if True:"))
     said = one_line(project.loop("--tag=t", f"--arena={arena}", "--agent=true", code=1))
     assert f"t ran with {what} " in said and "take another --tag" in said
+    # the start that was refused leaves a true word, and the facts of the run
+    status = project.loop("status", "--tag=t")
+    assert f"stopped: t ran with {what} " in status and "1 s each" in status
+
+
+def test_a_seed_that_is_none(project: Project) -> None:
+    project.env["AUTORESEARCH_SEED"] = "x"
+    said = one_line(project.research("true", code=2))
+    assert "AUTORESEARCH_SEED: 'x' is not a whole number" in said
 
 
 def test_train_py_that_does_not_compile(project: Project) -> None:

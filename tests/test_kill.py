@@ -68,10 +68,12 @@ def test_locks_of_a_git_that_was_killed(project: Project) -> None:
     """On our refs, and on the indexes of the agent's tree and of a run: nothing waits for them."""
     project.research(BETTER)
     refs, folder = project.root / ".git/refs", project.root / "runs/t"
+    program = project.git("rev-parse", "HEAD:program.md").strip()
     (folder / "0002").mkdir()
     for lock in (
         refs / "heads/autoresearch/t.lock",
         refs / "autoresearch/t/0002.lock",
+        refs / f"autoresearch-program/{program}.lock",
         folder / "index.lock",
         folder / "0002/index.lock",
     ):

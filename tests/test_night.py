@@ -109,6 +109,20 @@ def test_a_pause_of_the_driver_blames_no_program(impatient: Project, frozen: str
 # --- limits
 
 
+def test_a_limit_within_a_repair(project: Project) -> None:
+    """An agent that is busy when asked for a repair is not asked again after the limit."""
+    project.pace(backoff=1000.0, max_backoff=1000.0, grace=0.2)
+    agent = """
+    if [ $AUTORESEARCH_ATTEMPT = 0 ]; then echo 'raise ValueError("no")' >> train.py; echo odd
+    else echo 'API Error: 529 Overloaded' >&2; exit 1; fi
+    """
+    said = project.loop("--tag=t", "--arena=demo", f"--agent={agent}", "--hours=0.003")
+    assert "waiting until" in said
+    assert [row["status"] for row in project.rows()] == ["keep", "crash"]
+    assert not (project.root / "runs/t/0001/prompt-2.md").exists()
+    project.check()
+
+
 def claude_that_costs(project: Project, dollars: float) -> None:
     result = json.dumps({"type": "result", "result": "an idea", "total_cost_usd": dollars})
     fakes = project.root.parent / "fakes"

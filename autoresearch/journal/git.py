@@ -101,8 +101,10 @@ class Repo:
 
     def head_branch(self) -> str:
         """The full name of the branch of HEAD, or empty."""
-        detached = not self.succeeds("symbolic-ref", "--quiet", "HEAD")
-        return "" if detached else self.git("symbolic-ref", "HEAD").strip()
+        try:
+            return self.git("symbolic-ref", "--quiet", "HEAD").strip()
+        except GitError:
+            return ""
 
     def succeeds(self, *args: str) -> bool:
         try:

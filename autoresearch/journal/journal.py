@@ -142,6 +142,7 @@ class Journal:
     def rebuild(self) -> None:
         """Make results.tsv what the refs of all tags say; put lines of another origin aside."""
         with self.writing():
+            self.checkout.unlock(f"{PROGRAMS}/*")
             entries = read_history(self.checkout)
             entries.sort(key=lambda entry: (entry[1].finished, entry[1].tag, entry[1].number))
             table = HEADER + "".join(row(*entry) for entry in entries)

@@ -93,7 +93,8 @@ def load(path: Path, tag: str, experiments: Sequence[Experiment]) -> Status:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         phase = Phase(**saved.pop("phase"))
-        return replace(known, **saved | {"experiments": known.experiments}, phase=phase)
+        told = {name: value for name, value in saved.items() if value}  # while it prepares: little
+        return replace(known, **told | {"experiments": known.experiments}, phase=phase)
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return known
 

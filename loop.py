@@ -277,7 +277,8 @@ def wait_for_gpu(study: Study) -> None:
 def settle(study: Study, idea: Idea) -> None:
     """Judge an idea by its score alone, and record it for good. The branch follows the record."""
     journal, edit, facts = study.journal, idea.edit, dict(idea.run.facts)
-    before, after = (study.checkout.show(commit, EDITABLE) for commit in (idea.base, edit.commit))
+    before = study.checkout.show(idea.base, EDITABLE)
+    after = before if edit.program is None else edit.program
     words = describe_change(before, after)
     source = "" if edit.foreign else fingerprint(after)
     if study.limits.gpu_rate:

@@ -6,12 +6,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import QUICK_PREPARE, Project, experiment, needs_namespaces, wait_for
 
+from autoresearch.jobs.sandbox import NAMESPACES
 from autoresearch.task import NOT_FINITE
 
 NEXT = """echo "NEXT = '$AUTORESEARCH_EXPERIMENT'" >> train.py; echo go on"""
@@ -592,8 +594,9 @@ def reach(port):
         return socket.create_connection(("127.0.0.1", port), 1) and "reached"
     except OSError:
         return "no"
+own = socket.create_server(("127.0.0.1", 0))
 keys = [name for name in os.environ if "SECRET" in name or "KEY" in name or name == "ODD"]
-print("error:", keys, reach(PORT), "stdin", len(sys.stdin.read()), "cores", resource.getrlimit(resource.RLIMIT_CORE)[0],
+print("error:", keys, reach(PORT), reach(own.getsockname()[1]), "stdin", len(sys.stdin.read()), "cores", resource.getrlimit(resource.RLIMIT_CORE)[0],
       "pids", os.getpid() < 10 and sum(name.isdigit() for name in os.listdir("/proc")) < 10)
 sys.exit(1)
 """
@@ -602,7 +605,7 @@ sys.exit(1)
 @needs_namespaces
 @pytest.mark.parametrize("isolated", [True, False])
 def test_isolation(project: Project, isolated: bool) -> None:
-    """No keys, no network, nothing to read, no core dumps, no sight of other processes; unless a person says so."""
+    """No keys, no network but its own loopback, nothing to read, no core dumps, no sight of other processes; unless a person says so."""
     project.env.update(ANTHROPIC_API_KEY="k", TORCH_SECRET="s", ODD="o")
     with socket.create_server(("127.0.0.1", 0)) as server:
         (project.root.parent / "head.py").write_text(
@@ -612,14 +615,35 @@ def test_isolation(project: Project, isolated: bool) -> None:
         said = project.loop(*args, *(() if isolated else ("--no-isolation",)))
     crash = experiment(project, 1).crash
     if isolated:
-        assert crash == "[] no stdin 0 cores 0 pids True" and "train.py without network" in said
+        assert (
+            crash == "[] no reached stdin 0 cores 0 pids True"
+            and "train.py without network" in said
+        )
     else:
         assert (
             crash
-            == "['ANTHROPIC_API_KEY', 'TORCH_SECRET', 'ODD'] reached stdin 0 cores 0 pids False"
+            == "['ANTHROPIC_API_KEY', 'TORCH_SECRET', 'ODD'] reached reached stdin 0 cores 0 pids False"
         )
         assert "train.py WITH the network" in said and "(--no-isolation)" in said
     project.check()
+
+
+@needs_namespaces
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become an ordinary user")
+@pytest.mark.skipif(not os.access("/usr/bin/python3", os.X_OK), reason="an ordinary user's Python")
+def test_the_sandbox_of_an_ordinary_user() -> None:
+    """Loopback is up, and no capability is left that brought it up."""
+    prefix = ["/usr/bin/python3" if word == sys.executable else word for word in NAMESPACES]
+    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
+    code = """
+import os, socket
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname())
+print(os.getuid(), {line.split()[1] for line in open("/proc/self/status") if line.startswith("Cap")})
+"""
+    command = [*become, *prefix, "/usr/bin/python3", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.stdout == "65534 {'0000000000000000'}\n", done.stderr
 
 
 def test_where_the_kernel_allows_no_namespaces(project: Project) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from statistics import median
 
 from autoresearch.files import UserError, one_line, remove, tail
 from autoresearch.pace import PACE
@@ -24,7 +23,7 @@ def find_machine(arena: str, number: int | None) -> Machine:
     unless the arena needs none."""
     if number is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
-    from importlib.metadata import version  # here, since every job imports this module
+    from importlib.metadata import version  # here, since every run imports this module
 
     torch = version("torch")
     if arena == "demo":
@@ -175,6 +174,8 @@ def observed(card: str, log: Path) -> Iterator[None]:
 def read_observed(log: Path) -> dict[str, float]:
     """The median clock and power of a run, and the percent of it that heat or the power supply
     slowed the GPU; missing readings are left out."""
+    from statistics import median  # here, since every run imports this module
+
     rows = [row.split(",") for row in tail(log, 1_000_000).splitlines()]
     clocks, watts, reasons = (numbers(rows, column) for column in range(3))
     facts = {}

@@ -6,6 +6,7 @@ Not covered: it runs as the user, and can read and write the user's files.
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,20 @@ NEEDED = re.compile(
 )
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
 
-# util-linux: namespaces of its own for users, network (without loopback), processes and /proc. When
-# the keeper dies, the kernel kills everything in it, whatever it did to hide.
-NAMESPACES = [
-    *("setpriv", "--pdeathsig=KILL", "unshare", "--user", "--map-current-user", "--net", "--pid"),
-    *("--fork", "--kill-child=SIGKILL", "--mount-proc", "--"),
-]
+# util-linux: namespaces of its own for users, network, processes and /proc. When the keeper dies,
+# the kernel kills everything in it, whatever it did to hide. A new network has its loopback down:
+# bring `lo` up (SIOCSIFFLAGS, IFF_UP | IFF_RUNNING: linux/if.h), then drop the capability for it.
+LOOPBACK = """
+import fcntl, os, socket, sys
+fcntl.ioctl(socket.socket(), 0x8914, b"lo".ljust(16, b"\\0") + b"\\x41\\0" + bytes(22))
+drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--"]
+os.execvp("setpriv", [*drop, *sys.argv[1:]])
+"""
+NAMESPACES = (
+    *("setpriv", "--pdeathsig=KILL", "unshare", "--user", "--map-current-user", "--keep-caps"),
+    *("--net", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--"),
+    *(sys.executable, "-ISc", LOOPBACK),
+)
 
 
 @dataclass(frozen=True)
@@ -57,4 +66,4 @@ def find_sandbox() -> Sandbox:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
         return Sandbox((), bare=True, missing=said.strip().splitlines()[-1])
-    return Sandbox(tuple(NAMESPACES), bare=True)
+    return Sandbox(NAMESPACES, bare=True)

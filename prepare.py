@@ -536,7 +536,7 @@ def arena_from_environment() -> Arena:
     try:
         return replace(find_arena(name), seed=int(seed))
     except UserError as error:
-        fail(f"AUTORESEARCH_ARENA: {error}")
+        fail(f"AUTORESEARCH_ARENA: {error}", error.code)
 
 
 ARENA = arena_from_environment()
@@ -696,6 +696,7 @@ PROBED = 16     # one batch in so many
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.25}
 # Rounding has no sign, so the mean over many predictions shows a leak that is smaller than it: in nats, and in errors
 LEAK, LEAK_ERRORS = 1e-3, 5.0
+AGREE = 0.0005          # bits per byte between a compiled model in its own process and its exported graph
 
 
 @torch.no_grad()
@@ -902,8 +903,15 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def judge(path: Path) -> None:
-    """Score an exported model on validation and sealed rows and print that as the last line, for the driver."""
+def judge() -> None:
+    """Score the exported model on validation and sealed rows, and print the scores.
+
+    The model lies at AUTORESEARCH_MODEL. SystemExit where there is none, and where its score is not the one that
+    train.py printed (AUTORESEARCH_SCORE).
+    """
+    path, claimed = Path(os.environ["AUTORESEARCH_MODEL"]), float(os.environ["AUTORESEARCH_SCORE"])
+    if not path.is_file():
+        fail("it left no model to score: finish was not called, or not ours")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         importlib.import_module("torch.nn.attention.varlen")    # registers an operator that the graph may hold
@@ -919,8 +927,11 @@ def judge(path: Path) -> None:
             fail(f"the exported graph calls {node.target}, which is no operator")
     model = program.module().to(device)
     val_bpb, val_bpb_upstream = evaluate(model, load_rows("val"), device)
+    if not abs(claimed - val_bpb) <= AGREE:
+        fail(f"claims val_bpb {claimed:.6f}, and its model scores {val_bpb:.6f}")
     sealed_bpb, _ = evaluate(model, load_rows("sealed"), device)
-    print("judged:", json.dumps({"val_bpb": val_bpb, "val_bpb_upstream": val_bpb_upstream, "sealed_bpb": sealed_bpb}))
+    scores = {"val_bpb": val_bpb, "val_bpb_upstream": val_bpb_upstream, "sealed_bpb": sealed_bpb}
+    print("---", *(f"{name}: {value:.6f}" for name, value in scores.items()), sep="\n", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -931,10 +942,10 @@ def main() -> None:
     choices = f"{', '.join(ARENAS)}, or a folder with .parquet (column `text`) or .txt files"
     parser.add_argument("--arena", default=ARENA.name, help=f"{choices} (default: {ARENA.name})")
     parser.add_argument("--shards", type=int, help=f"of climbmix, to train on (default: those there, or {SHARDS})")
-    parser.add_argument("--judge", type=Path, metavar="MODEL", help="score an exported model, as the referee does")
+    parser.add_argument("--judge", action="store_true", help="score an exported model, as the guard of the task does")
     options = parser.parse_args()
     if options.judge:
-        judge(options.judge)
+        judge()
         return
     if options.shards is not None and not 1 <= options.shards <= 6541:
         fail(f"--shards must be from 1 to 6541, not {options.shards}", code=2)

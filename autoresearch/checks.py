@@ -1,7 +1,9 @@
 """One list of checks: `doctor` prints them all, a start stops at the first that fails."""
 
 import argparse
+import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -13,17 +15,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import stdev
 from typing import Literal
 
 from autoresearch.agents import AGENTS, find_agent
 from autoresearch.agents.agent import Agent
-from autoresearch.files import UserError, cache, lock_of_device, lock_owner, one_line
-from autoresearch.jobs import CODE, gpu
-from autoresearch.jobs.sandbox import NONE, Sandbox, find_sandbox
-from autoresearch.journal.git import GitError, Repo, run_git
-from autoresearch.journal.journal import REFS, Journal, read_history
+from autoresearch.files import CODE, UserError, cache, lock_of_device, lock_owner, one_line
+from autoresearch.ideas import Run
+from autoresearch.jobs import Job, gpu
+from autoresearch.jobs.job import MANIFEST, Conditions, read_text, run_spec, stamps_of
+from autoresearch.jobs.sandbox import NONE, Sandbox, find_sandbox, lend
+from autoresearch.journal.changes import syntax_error
+from autoresearch.journal.experiment import show
+from autoresearch.journal.git import AgentTree, GitError, Repo, run_git
+from autoresearch.journal.journal import REFS, TABLE, Journal, read_history
 from autoresearch.pace import PACE
-from autoresearch.task import Arena, Machine, syntax_error
+from autoresearch.task import Arena, Machine, Task, set_up
+from autoresearch.view.figures import count
 
 CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
 SMALL = 8_000  # MB of GPU memory: the recipe was made for this much
@@ -36,6 +44,7 @@ class Setup:
     """The parts of a run with some options, each found when it is first needed."""
 
     root: Path
+    task: Task
     options: argparse.Namespace
     seed: int
 
@@ -45,19 +54,32 @@ class Setup:
 
     @cached_property
     def journal(self) -> Journal:
-        return Journal(self.checkout, self.options.tag)
+        return Journal(self.checkout, self.options.tag, self.task)
 
     @cached_property
     def agent(self) -> Agent:
-        return find_agent(self.options.agent, self.options.model)
+        return find_agent(self.root, self.options.agent, self.options.model)
 
     @cached_property
     def machine(self) -> Machine:
-        return gpu.find_machine(self.options.arena, self.options.gpu)
+        return gpu.find_machine(self.needs_gpu, self.options.gpu)
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.task.gpu and self.options.arena != "demo"
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        return NONE if self.options.no_isolation else find_sandbox()
+        task = self.task
+        return NONE if self.options.no_isolation else find_sandbox(task.network, task.env)
+
+    def conditions(self, start: str, arena: Arena, limit: float) -> Conditions:
+        """What runs have in common, as the arena is now."""
+        manifest = read_text(arena.folder / MANIFEST) if arena.folder else None
+        return Conditions(
+            self.task, self.root, start, arena, self.needs_gpu, self.seed, limit, self.sandbox,
+            stamps_of(arena.folder), manifest,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,7 @@ def examine(setup: Setup) -> Iterator[Finding]:
 def require(setup: Setup) -> None:
     """Make the checks before a start; UserError at the first that fails."""
     for what, check in CHECKS.items():
-        if what not in ("run", "torch", "data"):  # the start finds out next, by doing it
+        if what not in ("run", "measure", "torch", "data"):  # the start finds out by doing it
             check(setup)
 
 
@@ -114,10 +136,20 @@ def check_git(setup: Setup) -> str:
     tag = setup.options.tag
     check_tag(setup.checkout, tag)
     if setup.journal.is_new():
-        check_committed(setup.checkout)
+        check_committed(setup.checkout, setup.task)
     if owner := lock_owner(setup.journal.lock):
-        raise UserError(f"the run {tag} is taken by {owner}: another --tag for another run")
+        raise UserError(f"the run {tag} is taken by {owner}: wait for it, or stop it")
     return f"{run_git('version').strip()}; the run would be {tag}"
+
+
+def check_task(setup: Setup) -> str:
+    task, held = setup.task, setup.checkout.blobs("HEAD")
+    runs = [word for word in task.measure.split() if task.may_edit(word)]
+    if runs and not task.guard:
+        promise = "what it prints is a promise and not a measurement: a guard can check it"
+        return Warn(f"`{task.measure}` runs {runs[0]}, which may be edited: {promise}")
+    editable = sum(map(task.may_edit, held))
+    return f"{task.goal}; {task.what}: {editable} of {len(held)} files"
 
 
 def check_agent(setup: Setup) -> str:
@@ -143,9 +175,9 @@ def check_login(setup: Setup) -> str:
 def check_gpu(setup: Setup) -> str:
     machine = setup.machine
     if owner := lock_owner(lock_of_device(machine.uuid or "cpu")):
-        raise UserError(f"{machine.gpu or 'the CPU'} is taken by {owner}")
+        raise UserError(f"{machine.gpu or 'the CPU'} is taken by {owner}: wait for it, or stop it")
     if not machine.gpu:
-        return "the demo arena needs none"
+        return "none is needed"
     capability, memory = gpu.capability(machine), gpu.memory(machine)
     if capability and capability < CAPABILITY:
         needed = f"train.py needs {CAPABILITY:g} (Ampere, 2020) or newer"
@@ -168,19 +200,54 @@ def check_resumed(setup: Setup) -> str:
         return "a new one"
     arena = Arena(setup.options.arena, data=journal.history[0][1].arena.data)
     check_comparable(journal, arena, setup.machine, setup.seed)
-    return f"goes on after {len(journal.history)} experiments"
+    return f"goes on after {count(journal.next_number - 1)}"
 
 
 def check_torch(setup: Setup) -> str:
-    cuda = setup.options.arena != "demo" and shutil.which("nvidia-smi")
+    if setup.root != CODE:
+        return "the task's own affair"
+    cuda = setup.needs_gpu and shutil.which("nvidia-smi")
     return ask_gpt(setup.sandbox, "torch", "cuda" if cuda else "")
+
+
+def check_measure(setup: Setup) -> str:
+    """Measure three times, each in a clean tree, and have the guard look at the first."""
+    if setup.root == CODE:
+        return "the first experiment, the baseline, makes it"
+    task, checkout = setup.task, setup.checkout
+    commit = checkout.resolve("HEAD") or ""
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory() as tmp:
+        tree = AgentTree(checkout, Path(tmp, "tree"), Path(tmp, "index"))
+        tree.hand_out(commit)
+        arena = set_up(task, tree.path, lend(setup.root, dict(os.environ)), quietly=True)
+        conditions = setup.conditions(commit, arena, task.timeout)
+        for number in range(3):
+            never = -task.to_beat(None) if runs else None  # no score is better: no guard again
+            spec = run_spec(conditions, checkout, Path(tmp, "alive"), commit, incumbent=never)
+            outcome = Job(Path(tmp, str(number)), spec, os.environ).result() or {}
+            run = Run(**outcome["run"]) if "run" in outcome else Run(crash="its job is lost")
+            if run.score is None:
+                lacks = (
+                    "a clean tree lacks what git does not know: AUTORESEARCH_CHECKOUT names yours"
+                )
+                raise UserError(f"{outcome.get('trouble') or run.crash} ({lacks})")
+            runs.append(run)
+    scores = [run.score or 0.0 for run in runs]
+    seconds = sum(run.facts["run_seconds"] for run in runs) / len(runs)
+    said = f"{task.metric} {', '.join(map(show, scores))}; {seconds:.1f} s each"
+    if (spread := stdev(scores)) > 0:
+        # of a gain, which is the difference of two scores
+        said += f"; set noise = {spread * math.sqrt(2):.2g}, or better from more runs"
+    return said
 
 
 def check_isolation(setup: Setup) -> str:
     if missing := setup.sandbox.missing:
-        exposed = "train.py will have the network and see other processes"
+        exposed = "a run will have the network and see other processes"
         return Warn(f"{missing}: {exposed}; see What is not promised in README.md")
-    return "train.py will have no network and see no other process"
+    net = "the" if setup.task.network else "no"
+    return f"a run will have {net} network and see no other process"
 
 
 def check_disk(setup: Setup) -> str:
@@ -189,7 +256,7 @@ def check_disk(setup: Setup) -> str:
     folders = {folder.stat().st_dev: folder for folder in (setup.root, cache())}.values()
     free = {folder: shutil.disk_usage(folder).free for folder in folders}
     said = ", ".join(f"{room / 1e9:.0f} GB free at {folder}" for folder, room in free.items())
-    if setup.options.arena != "demo" and min(free.values()) < ROOM:
+    if setup.needs_gpu and min(free.values()) < ROOM:
         return Warn(f"{said}: less than {ROOM / 1e9:.0f} GB")
     return said
 
@@ -204,7 +271,7 @@ def check_memory(setup: Setup) -> str:
 
 
 def check_data(setup: Setup) -> str:
-    return ask_gpt(NONE, "data", setup.options.arena)
+    return ask_gpt(NONE, "data", setup.options.arena) if setup.root == CODE else "the task's own"
 
 
 def ask_gpt(sandbox: Sandbox, *args: str) -> str:
@@ -226,14 +293,23 @@ def ask_gpt(sandbox: Sandbox, *args: str) -> str:
 
 
 CHECKS: dict[str, Callable[[Setup], str]] = {
-    "git": check_git, "agent": check_agent, "login": check_login, "GPU": check_gpu,
-    "run": check_resumed, "torch": check_torch, "isolation": check_isolation, "disk": check_disk,
-    "memory": check_memory, "data": check_data,
+    "git": check_git, "task": check_task, "agent": check_agent, "login": check_login,
+    "GPU": check_gpu, "run": check_resumed, "measure": check_measure, "torch": check_torch,
+    "isolation": check_isolation, "disk": check_disk, "memory": check_memory, "data": check_data,
 }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
 # Single conditions; each refusal is one line that names the cure
+
+
+def top_of(folder: Path) -> Path:
+    """The top of the repository that a folder lies in, else the folder."""
+    folder = folder.expanduser().resolve()
+    try:
+        return Path(run_git("-C", str(folder), "rev-parse", "--show-toplevel").strip())
+    except GitError:
+        return folder
 
 
 def open_checkout(root: Path) -> Repo:
@@ -291,15 +367,24 @@ def check_name(checkout: Repo, tag: str) -> None:
         raise UserError(f"{why}: use letters, digits, '-' and '_'", 2)
 
 
-def check_committed(checkout: Repo) -> None:
+def check_committed(checkout: Repo, task: Task) -> None:
     """A run starts from the user's last commit: later changes would silently not be in it."""
-    for name in ("train.py", "prepare.py"):
-        if checkout.dirty(name):
+    held = checkout.blobs("HEAD")
+    lines = " ".join((task.measure, task.guard, task.setup)).split()
+    named = {word for word in lines if (checkout.tree / word).is_file()} | {*task.files} & {*held}
+    for name in sorted(path for path in checkout.changed() if task.may_edit(path) or path in named):
+        if name in held:
             cure = "`git commit` or `git stash` them first"
             raise UserError(f"{name} has changes that are not committed: {cure}")
-        if not checkout.holds("HEAD", name):
-            raise UserError(f"{name} is not in the last commit: `git add {name} && git commit`")
-    if wrong := syntax_error((checkout.tree / "train.py").read_bytes()):
+        raise UserError(f"{name} is not in the last commit: `git add {name} && git commit`")
+    if TABLE in held:
+        cure = f"`git rm --cached {TABLE}`, and commit"
+        raise UserError(f"{TABLE} is tracked, and the loop writes its own there: {cure}")
+    if ".gitmodules" in held:
+        raise UserError("the repository has submodules, which a fresh tree would lack")
+    if not any(map(task.may_edit, held)):
+        raise UserError(f"files = {task.what} matches no file of the last commit")
+    if task.only_file and (wrong := syntax_error(task.what, checkout.show("HEAD", task.what))):
         raise UserError(wrong[0])
 
 
@@ -310,14 +395,16 @@ def check_comparable(journal: Journal, arena: Arena, machine: Machine, seed: int
     if not journal.kept:
         lost = f"{journal.tag} has lost its baseline, {REFS}/{journal.tag}/0000"
         raise UserError(f"{lost}: take another --tag")
-    first = journal.history[0][1]
+    first, task = journal.history[0][1], json.loads(journal.task.text)
+    told = json.loads(journal.checkout.git("cat-file", "blob", first.task)) if first.task else {}
     for name, then, now in (
+        *((key, value, task[key]) for key, value in told.items() if key in task),
         ("arena", first.arena.name, arena.name),
         ("data", first.arena.data, arena.data),
         ("GPU", first.machine.gpu or "none", machine.gpu or "none"),
         ("torch", first.machine.torch, machine.torch),
         ("seed", first.seed, seed),
     ):
-        if then != now:
+        if then != now and now != "":
             ran = f"{journal.tag} ran with {name} {then}, and this is {now}"
             raise UserError(f"{ran}: take another --tag")

@@ -18,15 +18,24 @@ from rich.table import Table
 from rich.text import Text
 
 from autoresearch import checks
-from autoresearch.agents import AGENTS, ROOT, prompt
-from autoresearch.files import STOPS, UserError, lock, lock_of_device, lock_owner, uninterrupted
+from autoresearch.agents import AGENTS, prompt
+from autoresearch.files import (
+    CODE,
+    STOPS,
+    UserError,
+    lock,
+    lock_of_device,
+    lock_owner,
+    tail,
+    uninterrupted,
+)
 from autoresearch.jobs import gpu
-from autoresearch.jobs.job import Conditions
+from autoresearch.jobs.sandbox import lend
 from autoresearch.journal.git import AgentTree
-from autoresearch.journal.journal import LOCK, REFS, History, read_history
+from autoresearch.journal.journal import FOLDER, LOCK, REFS, TABLE, History, read_history, runs_of
 from autoresearch.pace import PACE
 from autoresearch.study import Limits, Study
-from autoresearch.task import prepare_arena
+from autoresearch.task import MAX_FILE, read_task, set_up
 from autoresearch.view import events
 from autoresearch.view.status import NOW, facts, load
 from autoresearch.view.terminal import Display, standing
@@ -38,9 +47,12 @@ Add = Callable[..., Any]  # an ArgumentParser's add_argument
 # Commands and options
 
 DESCRIPTION = """\
-Research, overnight, by itself: an agent edits train.py, git commits, five minutes of training
-decide. Without a command: run, whose options `loop.py run --help` lists, --demo among them."""
+Research, overnight, by itself: an agent edits a file, git commits, a measurement decides.
+Without a command: run, whose options `loop.py run --help` lists, --demo among them."""
 DEMO = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
+
+
+WHERE = "the repository to work in (default: that of loop.py, or of the current folder)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +69,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, about, add_options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        command.add_argument("-C", metavar="DIR", dest="root", type=Path, help=WHERE)
         add_options(command.add_argument)
+    if argv[:1] == ["-C"] and argv[2:3] and argv[2] in COMMANDS:
+        argv = [argv[2], *argv[:2], *argv[3:]]
     if argv[:1] not in (["--help"], ["-h"]) and (not argv or argv[0].startswith("-")):
         argv = ["run", *argv]
     return parser.parse_args(argv)
@@ -71,21 +86,23 @@ def run_options(add: Add) -> None:
         add(name, action="store_true", help=about)
 
     shell = "any shell command: prompt on standard input, idea on its last line of output"
-    arenas = "climbmix, tinystories, python, demo or ./a/folder"
     add("--tag", help=f"name of the run and its branch (default: {today()})")
     add("--agent", help=f"{', '.join(AGENTS)}, random, or {shell} (default: the first installed)")
     add("--model", metavar="NAME", help="which model the agent uses (default: its own)")
-    add("--arena", help=f"what to train on: {arenas} (default: climbmix)")
+    about = "what the task works on, given to it as AUTORESEARCH_ARENA (default: its own)"
+    add("--arena", help=about)
     add("--gpu", metavar="N", type=natural_number, help="which GPU (default: the first)")
     about = "stop after so many, the baseline not counted"
     add("--experiments", metavar="N", type=natural_number, help=about)
+    add("--until", metavar="SCORE", type=float, help="stop when a score is this good")
     limit("--hours", "H", "start no experiment after so many hours", math.inf)
     about = "start no experiment after this call spent so many, on the agent and on a priced GPU"
     limit("--dollars", "D", about, math.inf)
     limit("--gpu-dollars-per-hour", "X", "the GPU's price, from the start of this call", 0.0)
-    limit("--train-timeout", "S", "limit of a run (default: twice the budget, at least 120)")
+    about = "limit of a run (default: twice its budget, at least 120; without one, the task's)"
+    limit("--train-timeout", "S", about)
     limit("--agent-timeout", "S", "limit of an agent call (default: 900)", 900.0)
-    switch("--no-isolation", "let train.py use the network and see the whole environment")
+    switch("--no-isolation", "let runs use the network and see the whole environment")
     switch("--plain", "a line for each event, as where there is no terminal")
     switch("--no-report", "write no progress.png and report.html at the end")
     switch("--demo", "demo arena, random agent, five experiments: any machine")
@@ -125,7 +142,7 @@ def positive(text: str) -> float:
 
 def settle_options(options: argparse.Namespace) -> checks.Setup:
     """Fill in the defaults, in the options and in the environment of all jobs."""
-    usual = {"tag": today(), "arena": "climbmix", "experiments": math.inf}
+    usual = {"tag": today(), "arena": "", "experiments": math.inf}
     for name, value in (usual | DEMO if options.demo else usual).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -140,7 +157,7 @@ def settle_options(options: argparse.Namespace) -> checks.Setup:
         seed = natural_number(os.environ.get("AUTORESEARCH_SEED", "42"))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"AUTORESEARCH_SEED: {error}", 2) from None
-    return checks.Setup(ROOT, options, seed)
+    return checks.Setup(options.root, read_task(options.root), options, seed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,10 +168,13 @@ def run(options: argparse.Namespace, research: Research) -> int:
     """Start or resume a run and stay with it until a limit is reached; returns the exit code."""
     setup = settle_options(options)
     rate = options.gpu_dollars_per_hour  # counts from here
-    limits = Limits(options.experiments, options.hours, options.dollars, rate)
-    show = Display(options.tag, ROOT / "runs" / options.tag, options.plain)
+    limits = Limits(options.experiments, options.hours, options.dollars, options.until, rate)
+    limits.higher = setup.task.higher
     checks.require(setup)
     journal, machine = setup.journal, setup.machine
+    if setup.root != CODE:
+        setup.checkout.hide(f"/{FOLDER}/", f"/{TABLE}*")
+    show = Display(options.tag, journal.folder, options.plain)
     if options.agent is None:
         show(events.Chosen(setup.agent.name, tuple(AGENTS)))
     core = resource.RLIMIT_CORE  # dumps of gigabytes each
@@ -193,6 +213,7 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
                 tuple(journal.experiments),
                 study.agent_limit,
                 study.conditions.sandbox.missing,
+                study.task.network,
             )
         )
         ended = research(study)
@@ -210,24 +231,33 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
 
 def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
     """Make the arena ready; UserError where the run went on under other conditions."""
-    options, journal, machine = setup.options, setup.journal, setup.machine
+    task, options, journal, machine = setup.task, setup.options, setup.journal, setup.machine
     show(events.Preparing(options.arena))
     tree = AgentTree(setup.checkout, journal.folder / "tree", journal.folder / "index")
-    tree.hand_out(journal.base)  # with the prepare.py that makes the arena
+    # what the person committed, since `setup` has the person's rights
+    first = f"{journal.history[0][0]}^" if journal.history else "HEAD"
+    start = setup.checkout.resolve(first) or journal.base
+    tree.hand_out(start)
+    env = {name: value for name, value in os.environ.items() if name != "AUTORESEARCH_ARENA"}
+    if options.arena:
+        env["AUTORESEARCH_ARENA"] = options.arena
     try:
-        arena = prepare_arena(tree.path, options.arena)
+        arena = set_up(task, tree.path, lend(setup.root, env))
     finally:
         tree.discard()
-    limit = options.train_timeout or max(PACE.shortest_limit, 2 * arena.budget)
+    usual = max(PACE.shortest_limit, 2 * arena.budget) if arena.budget else task.timeout
+    limit = options.train_timeout or usual
     if limit <= arena.budget:
         short = f"--train-timeout {limit:g} ends a run before its budget"
         raise UserError(f"{short} of {arena.budget:g} s", 2)
     checks.check_comparable(journal, arena, machine, setup.seed)
+    limits.best = journal.best_score
     return Study(
+        task=task,
         checkout=setup.checkout,
         journal=journal,
         tree=tree,
-        conditions=Conditions.of(arena, setup.seed, limit, setup.sandbox),
+        conditions=setup.conditions(start, arena, limit),
         machine=machine,
         idle=gpu.used(machine),
         agent=setup.agent,
@@ -242,8 +272,8 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
 
 
 def status(options: argparse.Namespace, research: Research) -> int:
-    tag, history = past(options.tag)
-    folder = folder_of(tag)
+    tag, history = past(options)
+    folder = runs_of(options.root) / tag
     now, owner = load(folder / NOW, tag, [e for _, e in history]), lock_owner(folder / LOCK)
     if options.json:
         print(json.dumps(facts(now, folder, owner), indent=1, default=str))
@@ -257,11 +287,14 @@ def write_report(options: argparse.Namespace, research: Research) -> int:
 
     if options.results:
         picture = Path("progress.png")
-        report.draw(report.read_table(options.results), str(options.results), picture)
+        task = read_task(options.root)
+        points = report.read_table(options.results)
+        report.draw(points, str(options.results), picture, task.metric, task.higher)
         print(picture)
         return 0
-    tag, history = past(options.tag)
-    for path in report.write_report(checks.open_checkout(ROOT), history, folder_of(tag)):
+    tag, history = past(options)
+    checkout, task = checks.open_checkout(options.root), read_task(options.root)
+    for path in report.write_report(checkout, task, history, runs_of(options.root) / tag):
         print(path)
     return 0
 
@@ -278,22 +311,22 @@ def doctor(options: argparse.Namespace, research: Research) -> int:
 
 
 def show_prompt(options: argparse.Namespace, research: Research) -> int:
-    tag, history = past(options.tag)
+    tag, history = past(options)
     if not history:
         raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
-    program = (ROOT / "program.md").read_text(encoding="utf-8", errors="replace")
-    print(prompt.brief(program, [e for _, e in history]), end="")
+    program = tail(options.root / "program.md", MAX_FILE)
+    print(prompt.brief(read_task(options.root), program, [e for _, e in history]), end="")
     return 0
 
 
-def past(tag: str | None) -> tuple[str, History]:
+def past(options: argparse.Namespace) -> tuple[str, History]:
     """A run and its history as git holds it: the one named, or the one that was active last."""
-    checkout = checks.open_checkout(ROOT)
+    tag, checkout = options.tag, checks.open_checkout(options.root)
     if tag is not None:
         checks.check_name(checkout, tag)
     history = read_history(checkout, tag or "*")
     active = {e.tag: datetime.fromisoformat(e.finished).timestamp() for _, e in history}
-    for path in (ROOT / "runs").glob(f"{tag or '*'}/{NOW}"):
+    for path in runs_of(options.root).glob(f"{tag or '*'}/{NOW}"):
         name = path.parent.name
         active[name] = max(active.get(name, 0.0), path.stat().st_mtime)
     if not active:
@@ -305,10 +338,6 @@ def past(tag: str | None) -> tuple[str, History]:
     if mine and not any(e.verdict == "keep" for _, e in mine):
         raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
     return last, mine
-
-
-def folder_of(tag: str) -> Path:
-    return ROOT / "runs" / tag
 
 
 # Of each command: its function, its description, its options
@@ -326,7 +355,8 @@ COMMANDS: dict[str, Command] = {
 # The process
 
 
-def main(research: Research, argv: list[str] | None = None) -> int:
+def main(research: Research, argv: list[str] | None = None, root: Path | None = None) -> int:
+    """`root`: the repository to work in without -C; by default that of the current folder."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as where the shell closed it
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal
@@ -335,6 +365,7 @@ def main(research: Research, argv: list[str] | None = None) -> int:
             signal.signal(signum, interrupt)
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
+        options.root = root if root and not options.root else checks.top_of(options.root or Path())
         return COMMANDS[options.command][0](options, research)
     except KeyboardInterrupt:
         return 130

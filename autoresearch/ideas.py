@@ -6,7 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoresearch.task import EDITABLE, trailer
+from autoresearch.files import one_line
+from autoresearch.task import trailer
 
 if TYPE_CHECKING:
     from autoresearch.journal.experiment import Experiment
@@ -74,25 +75,36 @@ class Reply:
     trouble: Trouble | None = None
     cut_short: bool = False
 
+    def subject(self, changes: str = "") -> str:
+        """The line of a commit; for an agent that said nothing, of what it changed."""
+        silent = f"not described: {changes}" if changes else "an edit that was not described"
+        return one_line(self.description or silent, 120)
+
 
 @dataclass(frozen=True)
 class Edit:
-    """What git says an agent did: the paths it changed, train.py as it is now (None where that is
-    no plain file), a commit of the incumbent with it, the lines it added and removed, and which
-    experiment ran the same program before."""
+    """What git says an agent did: all paths that it changed, those among them that it may not, a
+    commit of the incumbent with the others, its lines, its fingerprint.
+
+    `fault`: why it cannot run, and the line of the program. `duplicate_of` ran the same program.
+    """
 
     reply: Reply
     paths: tuple[str, ...]
-    program: bytes | None
     commit: str
-    added: int = 0
-    removed: int = 0
+    foreign: tuple[str, ...] = ()
+    lines: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # added, removed; by path
+    source: str = ""
+    fault: tuple[str, str] | None = None
     duplicate_of: "Experiment | None" = None
 
     @property
-    def foreign(self) -> tuple[str, ...]:
-        """Paths that an experiment may not change."""
-        return tuple(path for path in self.paths if path != EDITABLE)
+    def added(self) -> int:
+        return sum(added for added, _ in self.lines.values())
+
+    @property
+    def removed(self) -> int:
+        return sum(removed for _, removed in self.lines.values())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from autoresearch.jobs.job import Conditions
 from autoresearch.journal.git import AgentTree, Repo
 from autoresearch.journal.journal import Journal
 from autoresearch.pace import clock
-from autoresearch.task import Machine
+from autoresearch.task import Machine, Task
 from autoresearch.view.events import Event
 from autoresearch.view.figures import count
 
@@ -21,9 +21,12 @@ class Limits:
     experiments: float = math.inf
     hours: float = math.inf
     dollars: float = math.inf
+    until: float | None = None  # a score
     gpu_rate: float = 0.0  # dollars an hour, from the start to the end
     done: int = 0  # experiments, the baseline not counted
     paid: float = 0.0  # dollars, for the agent
+    best: float | None = None  # the score so far
+    higher: bool = False  # whether a higher one is better
     start: float = field(default_factory=clock)
 
     @property
@@ -37,6 +40,11 @@ class Limits:
     def reached(self) -> str | None:
         """Which limit is reached, if any; asked before each experiment, and while the driver
         waits."""
+        goal, best = self.until, self.best
+        if goal is not None and best is not None:
+            met = best >= goal if self.higher else best <= goal
+            if met:
+                return f"the goal of {goal:g} is reached"
         if self.done >= self.experiments:
             return f"{count(self.done)} done"
         if self.hours_spent >= self.hours:
@@ -49,6 +57,7 @@ class Limits:
 class Study:
     """Where experiments run, with what, by which agent, under which limits."""
 
+    task: Task
     checkout: Repo
     journal: Journal
     tree: AgentTree

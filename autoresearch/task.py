@@ -1,26 +1,36 @@
-"""The task: the file that is improved, numbers out of a log, what better means, the arena made
-ready."""
+"""The task: which files may change, how they are measured, what better means; numbers out of a
+log."""
 
-import io
 import json
 import math
-import os
 import re
 import subprocess
-import sys
-import tokenize
-import warnings
+import tomllib
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from autoresearch.files import UserError, one_line
 
-EDITABLE = "train.py"  # the one file that an experiment changes
-METRIC = "val_bpb"
-TIE = 0.0002  # val_bpb: two runs of one program differ by so much
-MAX_PROGRAM = 1_000_000  # bytes, twenty times what a person can hold in their head
+FILES = ("autoresearch.toml", "pyproject.toml")  # where a task stands, the first that is there
+KEYS = (
+    "files", "measure", "lower", "higher", "guard", "setup", "noise", "timeout", "network", "env",
+    "gpu",
+)  # fmt: skip
+# Of results.tsv; the metric's own column is the second
+COLUMNS = (
+    "commit", "memory_gb", "status", "description", "tag", "experiment", "minutes", "cost_usd",
+    "lines",
+)  # fmt: skip
+TIE = 0.4  # of the standard deviation of one gain
+MAX_FILE = 1_000_000  # bytes, twenty times what a person can hold in their head
+UPSTREAM = {"files": ["train.py"], "measure": "uv run train.py", "lower": "val_bpb", "gpu": True}
+FORM = (
+    '[tool.autoresearch] with files = ["what/may/change.py"], measure = "a command that prints '
+    'the number", lower = "its name" (or higher)'
+)
 
 
 def trailer(name: str, form: str = "s", **default: Any) -> Any:
@@ -29,14 +39,164 @@ def trailer(name: str, form: str = "s", **default: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Arena:
-    """What all scores of a study have in common: the data by name and version, the budget in
-    seconds."""
+class Task:
+    """What is improved and how it is measured. The defaults are those of the keys in TOML.
 
-    name: str = trailer("Arena")
+    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `timeout` is
+    in seconds, `noise` the standard deviation of one gain, in units of the metric.
+    """
+
+    files: tuple[str, ...]
+    measure: str
+    metric: str
+    higher: bool = False
+    guard: str = ""
+    setup: str = ""
+    noise: float = 0.0
+    timeout: float = 600.0
+    network: bool = False
+    env: tuple[str, ...] = ()
+    gpu: bool = False
+
+    @property
+    def goal(self) -> str:
+        """The direction and the metric, say `lower loss`."""
+        return f"{'higher' if self.higher else 'lower'} {self.metric}"
+
+    @property
+    def text(self) -> str:
+        """As the record holds it."""
+        return json.dumps(asdict(self), indent=1)
+
+    @property
+    def what(self) -> str:
+        """What may change, in words."""
+        return ", ".join(self.files)
+
+    @property
+    def only_file(self) -> str:
+        """The file that may change, where that is a single one; else empty."""
+        several = len(self.files) > 1 or re.search(r"[*?]|/$", self.what)
+        return "" if several else self.what
+
+    @property
+    def tie(self) -> float:
+        return TIE * self.noise
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(as_regex, self.files)), re.DOTALL)
+
+    def may_edit(self, path: str) -> bool:
+        return bool(self.pattern.fullmatch(path))
+
+    def gain(self, score: float, than: float) -> float:
+        """How much better a score is than another one."""
+        return score - than if self.higher else than - score
+
+    def to_beat(self, incumbent: float | None) -> float:
+        """The worst score that could be kept."""
+        worst = -math.inf if self.higher else math.inf
+        if incumbent is None:
+            return worst
+        slack = self.tie + 1e-6  # with room for the digits that a printed score leaves out
+        return incumbent - slack if self.higher else incumbent + slack
+
+    def is_better(
+        self, score: float | None, lines: int, incumbent: float | None, best: float | None
+    ) -> bool:
+        """Whether a score is kept; none is not. `lines` is the net change.
+
+        A gain of more than a tie is kept. A tie is kept only where it removes lines, and only
+        within a tie of the best ever kept, so that a row of ties cannot drift. Without an
+        incumbent, any score is kept.
+        """
+        if score is None or incumbent is None or best is None:
+            return score is not None
+        gain = self.gain(score, incumbent)
+        digits = 1e-9 * max(abs(score), abs(incumbent))  # that binary fractions do not hold
+        simpler = gain >= -self.tie - digits and lines < 0
+        return gain > self.tie + digits or (simpler and self.gain(best, score) <= self.tie + digits)
+
+
+def as_regex(pattern: str) -> str:
+    """
+    >>> re.fullmatch(as_regex("src/**/*.py"), "src/a/b.py") is not None
+    True
+    """
+    if pattern.endswith("/"):
+        pattern += "**"
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(wild.get(part, re.escape(part)) for part in parts)
+
+
+def read_task(root: Path) -> Task:
+    """The task of a repository, upstream's where there is none; UserError for a wrong one."""
+    for name in FILES:
+        try:
+            table = tomllib.loads((root / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} cannot be read: {one_line(str(error))}") from None
+        if name == "pyproject.toml":
+            table = table.get("tool", {}).get("autoresearch", {})
+        if found := {key: value for key, value in table.items() if key != "prices"}:
+            return make_task(found, name)
+    if not (root / "train.py").exists():
+        raise UserError(f"{root} has no task: write {FORM} into pyproject.toml")
+    return make_task(UPSTREAM, "the usual task")
+
+
+KINDS: dict[str, type] = {"files": list, "env": list, "network": bool, "gpu": bool}
+NUMBERS = ("noise", "timeout")
+
+
+def make_task(table: dict[str, Any], where: str) -> Task:
+    """A task from its keys; UserError names what is wrong with them."""
+    if unknown := [key for key in table if key not in KEYS]:
+        known = ", ".join((*KEYS, "prices"))
+        raise UserError(f"{where}: unknown key {unknown[0]}; the keys are {known}")
+    for key, value in table.items():
+        kind = (int, float) if key in NUMBERS else KINDS.get(key, str)
+        words = all(isinstance(item, str) for item in value) if isinstance(value, list) else True
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not words:
+            raise UserError(f"{where}: {key} = {value!r} is of the wrong kind")
+        if key in NUMBERS and not 0 <= table[key] < math.inf:
+            raise UserError(f"{where}: {key} = {value!r} is no number of 0 or more")
+    if table.get("timeout") == 0:
+        raise UserError(f"{where}: timeout = 0 leaves no time")
+    metrics = [key for key in ("lower", "higher") if key in table]
+    if len(metrics) != 1:
+        said = "both lower and higher" if metrics else "neither lower nor higher"
+        raise UserError(f"{where}: {said}: the metric has one direction")
+    for key in ("files", "measure"):
+        if not table.get(key):
+            raise UserError(f"{where}: {key} is missing: {FORM}")
+    metric = table[metrics[0]]
+    if not re.fullmatch(r"[A-Za-z]\w{0,39}", metric) or metric in COLUMNS:
+        raise UserError(
+            f"{where}: {metric!r} cannot be a metric: letters, digits and _, and no column"
+        )
+    values = {key: value for key, value in table.items() if key not in metrics}
+    values |= {key: tuple(values[key]) for key in ("files", "env") if key in values}
+    return Task(metric=metric, higher=metrics == ["higher"], **values)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where it is measured
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What `setup` made ready, by its line `ready: {json}`: data by name and version, the budget of
+    a run in seconds, the folder of files that no run may change."""
+
+    name: str = trailer("Arena", default="")
     budget: float = trailer("Budget-seconds", ".0f", default=0.0)
     data: str = trailer("Data", default="")
-    folder: Path = Path()
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,59 +217,67 @@ class Machine:
         return self.uuid != self.card
 
 
-def is_better(score: float, lines: int, incumbent: float | None, best_ever: float | None) -> bool:
-    """Whether a score is kept. `lines` is the net change to train.py.
-
-    A gain of more than a tie is kept. A tie is kept only where it removes lines, and only within a
-    tie of the best ever kept, so that a row of ties cannot drift upwards. Without an incumbent, any
-    score is kept.
-    """
-    if incumbent is None or best_ever is None:
-        return True
-    gain = round(incumbent - score, 6)
-    if gain > TIE:
-        return True
-    above_best = round(score - best_ever, 6)
-    return gain >= -TIE and lines < 0 and above_best <= TIE
-
-
-# --------------------------------------------------------------------------------------------------
-# Programs
-
-NO_PROGRAM = (SyntaxError, ValueError, RecursionError, MemoryError)  # what reading one may raise
-
-
-def decode(source: bytes) -> str:
-    """A program's text in the encoding it declares; SyntaxError or ValueError where Python would
-    not read it, or where it is too long."""
-    if len(source) > MAX_PROGRAM:
-        raise ValueError(f"longer than {MAX_PROGRAM / 1e6:g} MB")
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
-    return io.TextIOWrapper(io.BytesIO(source), encoding).read()
-
-
-def syntax_error(program: bytes) -> tuple[str, str] | None:
-    """Compile train.py without running it, since a typo must not cost a run. Returns what is wrong
-    in a line, and the line of the program."""
+def set_up(task: Task, tree: Path, env: dict[str, str], quietly: bool = False) -> Arena:
+    """Run `setup` in a tree and take the facts from its last line. Unless `quietly`, it talks to
+    the terminal itself, and a UserError for what it refused adds nothing."""
+    asked = Arena(env.get("AUTORESEARCH_ARENA", ""))
+    if not task.setup:
+        return asked
+    pipe = subprocess.PIPE
+    done = subprocess.run(
+        ["/bin/sh", "-c", task.setup], cwd=tree, env=env, text=True, check=False,
+        stdout=pipe, stderr=pipe if quietly else None,
+    )  # fmt: skip
+    if done.returncode:
+        said = one_line((done.stderr or "").strip().rpartition("\n")[2].removeprefix("error: "))
+        killed = done.returncode < 0 or done.returncode > 128
+        raise UserError("setup was killed by a signal" if killed else said, done.returncode % 128)
+    kind, _, facts = done.stdout.strip().rpartition("\n")[2].partition(": ")
+    if kind != "ready":
+        return asked
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(decode(program), EDITABLE, "exec")
-    except NO_PROGRAM as error:
-        where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        said = f"{type(error).__name__}: {getattr(error, 'msg', error)}{where}"
-        text = getattr(error, "text", "") or ""
-        return one_line(f"{EDITABLE} does not compile: {said}"), one_line(text)
-    return None
+        found = json.loads(facts)
+        folder = found.get("folder") and Path(found["folder"])
+        return Arena(found["name"], found.get("budget", 0.0), found.get("data", ""), folder)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        why = 'name, and may have "budget", "data" and "folder"'
+        raise UserError(f'the line `ready: {{...}}` of setup needs a "name": {why}') from None
 
 
 # --------------------------------------------------------------------------------------------------
-# A log: the lines along the way, and the summary block at its end
+# A log: the lines along the way, and the numbers at its end
 
 MAX_LOG = 4_000_000  # bytes of the log's end that are searched for progress
 PROGRESS = re.compile(r"([\d.]+)%.*?\bloss\D{0,3}([\d.]{1,12})(?:.*?\b([\d,]{1,15}) tok/s)?")
 MAX_LINE = 300  # characters; no line of progress is longer
 NOT_FINITE = re.compile(r"[\d.]+%(?:(?!\bloss)[^\r\n])*\bloss\W{0,3}(nan|inf)\b", re.IGNORECASE)
+NUMBER = re.compile(r"^(?:METRIC +([A-Za-z]\w{0,39}) *=|([A-Za-z]\w{0,39}):)[ \t]*(\S+)$", re.M)
+MAX_NUMBERS = 64
+
+
+def read_numbers(log: str, metric: str = "") -> dict[str, float]:
+    """The `name: number` and `METRIC name=number` lines of a log, after the last `---` alone if
+    there is one. ValueError for a metric, if one is named, that is missing, printed twice, or not
+    finite.
+
+    >>> read_numbers("depth: 2\\nqps: 12.5\\n", "qps")
+    {'depth': 2.0, 'qps': 12.5}
+    """
+    parts = re.split(r"^---$", log, flags=re.MULTILINE)
+    *earlier, lines = [[(a or b, text) for a, b, text in NUMBER.findall(part)] for part in parts]
+    names = [name for part in [*earlier[1:], lines] for name, _ in part]  # a free text comes first
+    count = names.count(metric)
+    if metric and count != 1:
+        raise ValueError(f"{metric} was " + (f"printed {count} times" if count else "not printed"))
+    values = {}
+    for name, text in lines:
+        with suppress(ValueError):
+            values[name] = float(text)
+    if metric and not math.isfinite(values.get(metric, math.nan)):
+        text = dict(lines).get(metric, "")
+        raise ValueError(f"{metric} is not a finite number: {one_line(text, 40)}")
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    return dict(list(finite.items())[-MAX_NUMBERS:])
 
 
 @dataclass(frozen=True)
@@ -122,7 +290,7 @@ class Progress:
 
 
 def read_line(line: str) -> Progress | None:
-    """One of train.py's progress lines; None for any other."""
+    """A line that tells percent of the budget and loss; None for any other."""
     found = PROGRESS.search(line) if "loss" in line and len(line) <= MAX_LINE else None
     with suppress(ValueError, OverflowError):
         if found:
@@ -139,7 +307,7 @@ def read_progress(log: str) -> Progress | None:
 
 
 def read_curve(log: str) -> str:
-    """The loss and the tokens per second at each tenth of the budget, by train.py's progress lines.
+    """The loss and the tokens per second at each tenth of the budget.
 
     >>> read_curve("step 1   9.0%  loss 5.1\\nstep 2  11.0%  loss 4.2500  81,200 tok/s")
     '11% 4.250 81k/s'
@@ -152,76 +320,10 @@ def read_curve(log: str) -> str:
     return ", ".join(points[tenth] for tenth in sorted(points))
 
 
-REQUIRED = (METRIC, "training_seconds", "num_steps")
-
-
-def read_summary(log: str, budget: float) -> dict[str, float]:
-    """The `name: number` lines of the one block after `---`. ValueError for a block that is missing
-    or doubled, a required number that is missing, doubled or not finite, and a training time that
-    is not the budget."""
-    blocks = re.split(r"^---$", log, flags=re.MULTILINE)[1:]
-    blocks = [block for block in blocks if re.search(rf"^{METRIC}:", block, re.MULTILINE)]
-    if len(blocks) != 1:
-        printed = f"{len(blocks)} summaries were" if blocks else "no summary was"
-        raise ValueError(f"{printed} printed")
-    lines = re.findall(r"^(\w+):\s*(\S+)$", blocks[0], re.MULTILINE)
-    values = {}
-    for name in REQUIRED:
-        if (count := [line[0] for line in lines].count(name)) != 1:
-            raise ValueError(f"the summary has {count} lines of {name}")
-    for name, text in lines:
-        try:
-            values[name] = read_number(name, text)
-        except ValueError:  # train.py may print notes of its own
-            if name in REQUIRED:
-                raise
-    if values[METRIC] <= 0:
-        raise ValueError(f"{METRIC} is {values[METRIC]:g}, and no text is that easy")
-    # the clock is read between steps, so a run ends within a step of its budget: seconds, on a CPU
-    seconds = values["training_seconds"]
-    if not 0.98 * budget <= seconds <= 1.05 * budget + 5:
-        raise ValueError(f"trained for {seconds:g} s, and the budget is {budget:g} s")
-    return values
-
-
-def read_number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{name} is not a number: {one_line(text, 40)}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is not finite: {text}")
-    return value
-
-
 def read_failure(code: int, log: str) -> str:
     """Why a run died, in a line: the signal, or the last line of its log."""
-    if code < 0:
-        return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+    signum = -code if code < 0 else code - 128  # by itself, or as a shell has it
+    if signum > 0:
+        return f"killed by signal {signum}" + (" (out of memory?)" if signum == 9 else "")
     lines = [line for line in log.splitlines() if line.strip()]
     return one_line(lines[-1].removeprefix("error: ")) if lines else f"exit code {code}, no output"
-
-
-# --------------------------------------------------------------------------------------------------
-# Before the first run
-
-
-def prepare_arena(tree: Path, name: str, quietly: bool = False) -> Arena:
-    """Have prepare.py make an arena ready and take the facts from its last line. Unless `quietly`,
-    it talks to the terminal itself, and a UserError for what it refused adds nothing."""
-    command = [sys.executable, "prepare.py", "--arena", name]
-    env = {key: value for key, value in os.environ.items() if key != "AUTORESEARCH_ARENA"}
-    err = subprocess.PIPE if quietly else None
-    done = subprocess.run(
-        command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=err, text=True, check=False
-    )
-    if done.returncode:
-        said = one_line((done.stderr or "").strip().rpartition("\n")[2].removeprefix("error: "))
-        killed = f"prepare.py was killed by signal {-done.returncode}"
-        raise UserError(killed if done.returncode < 0 else said, max(done.returncode, 1))
-    try:
-        facts = json.loads(done.stdout.strip().rpartition("\n")[2].removeprefix("ready: "))
-        return Arena(facts["name"], facts["budget"], facts["data"], Path(facts["folder"]))
-    except (ValueError, KeyError, TypeError):
-        cure = "restore it with git"
-        raise UserError(f"prepare.py did not end with its line `ready: {{...}}`: {cure}") from None

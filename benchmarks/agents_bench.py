@@ -35,6 +35,7 @@ from autoresearch.agents.call import AgentCall, ask, command_of  # noqa: E402
 from autoresearch.journal.experiment import Experiment  # noqa: E402
 from autoresearch.journal.git import Repo  # noqa: E402
 from autoresearch.journal.journal import read_history  # noqa: E402
+from autoresearch.task import read_task  # noqa: E402
 
 
 def main() -> None:
@@ -53,8 +54,10 @@ def main() -> None:
 
 def prompt_time() -> None:
     history = night(1000)
-    times = [timed(lambda: prompt.brief("# Program\n", history)) for _ in range(20)]
-    text = prompt.brief("# Program\n", history)
+    times = [
+        timed(lambda: prompt.brief(read_task(ROOT), "# Program\n", history)) for _ in range(20)
+    ]
+    text = prompt.brief(read_task(ROOT), "# Program\n", history)
     print(
         f"prompt from 1,000 experiments: median {statistics.median(times) * 1000:.0f} ms, {len(text):,} characters"
     )
@@ -82,9 +85,11 @@ def adapter_time(name: str, calls: int) -> None:
         env = clean_environment(home) | addresses(server, home)
         agent, call = (
             AGENTS[name],
-            AgentCall(tree, "base", Path(folder), {}, 100.0, Path(folder) / "alive"),
+            AgentCall(
+                read_task(ROOT), tree, "base", Path(folder), {}, 100.0, Path(folder) / "alive"
+            ),
         )
-        command = command_of(agent, {"glob": str(tree), "side": f"{folder}/side"})
+        command = command_of(agent, {"glob": str(tree), "side": f"{folder}/side"}, call)
         direct = partial(
             subprocess.run, command, cwd=tree, env=env | agent.env, input=b"x", capture_output=True
         )

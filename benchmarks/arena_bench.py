@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -132,10 +133,17 @@ def refereeing(network: torch.nn.Module, rows: np.ndarray) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.pt2"
         exporting = seconds(lambda: prepare.export(network, x, model))
-        command = [sys.executable, "prepare.py", "--judge", str(model)]
-        judging = seconds(
-            lambda: subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        score, _ = prepare.evaluate(network, rows, torch.device(train.DEVICE))
+        told = {"AUTORESEARCH_MODEL": str(model), "AUTORESEARCH_SCORE": str(score)}
+        judge = partial(
+            subprocess.run,
+            [sys.executable, "prepare.py", "--judge"],
+            cwd=ROOT,
+            env=os.environ | told,
+            stdout=subprocess.DEVNULL,
+            check=True,
         )
+        judging = seconds(judge)
         size = model.stat().st_size / 2**20
     print(
         f"referee: export {exporting:.1f} s ({size:.0f} MB), scoring in a process of its own {judging:.1f} s"

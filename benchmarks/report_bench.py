@@ -22,7 +22,7 @@ from autoresearch.journal.changes import Change
 from autoresearch.journal.experiment import Experiment, message
 from autoresearch.journal.git import Repo
 from autoresearch.journal.journal import read_history
-from autoresearch.task import Arena, Machine
+from autoresearch.task import Arena, Machine, read_task
 from autoresearch.view import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def main() -> None:
         start = time.perf_counter()
         history = read_history(checkout, "t")
         read = time.perf_counter() - start
-        picture, page = report.write_report(checkout, history, folder / "runs/t")
+        picture, page = report.write_report(checkout, read_task(ROOT), history, folder / "runs/t")
         written = time.perf_counter() - start
         print(
             f"{len(history)} experiments: read from git in {read:.2f} s, report written in {written:.2f} s"

@@ -16,6 +16,7 @@ import pytest
 
 from autoresearch.jobs.sandbox import find_sandbox
 from autoresearch.journal.experiment import Experiment, parse_message
+from autoresearch.task import read_task
 
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
 VISIBLE_GPUS = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
@@ -26,15 +27,18 @@ signal.signal(
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every process that the tests start and interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
+TASK = read_task(ROOT)
 
 # Stands in for the arena where the arena is beside the point: it answers the driver as prepare.py does.
 QUICK_PREPARE = """\
-import json, pathlib, sys
-if sys.argv[1] == "--judge":
-    score = float(open(sys.argv[2]).read())
-    print("judged:", json.dumps({"val_bpb": score, "val_bpb_upstream": score, "sealed_bpb": score + 0.1}))
+import json, os, pathlib, sys
+if sys.argv[1:] == ["--judge"]:
+    claimed, score = float(os.environ["AUTORESEARCH_SCORE"]), float(open(os.environ["AUTORESEARCH_MODEL"]).read())
+    if abs(claimed - score) > 0.0005:
+        sys.exit(f"claims val_bpb {claimed:.6f}, and its model scores {score:.6f}")
+    print(f"val_bpb: {score:.6f}\\nval_bpb_upstream: {score:.6f}\\nsealed_bpb: {score + 0.1:.6f}")
 else:
-    print("ready:", json.dumps({"name": sys.argv[2], "budget": 1.0, "data": "d0",
+    print("ready:", json.dumps({"name": os.environ["AUTORESEARCH_ARENA"], "budget": 1.0, "data": "d0",
           "folder": str(pathlib.Path.home() / "cache" / "quick")}))
 """
 

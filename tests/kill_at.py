@@ -14,14 +14,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path.cwd()))
 import loop
+from autoresearch import desk
 from autoresearch.journal import git, journal
 
 # Where a stage is found, and in which experiment it is first come to; -1 is the start
 STAGES: dict[str, tuple[Any, str, int]] = {
     "tree": (git.AgentTree, "hand_out", 0),
-    "agent": (loop, "ask", 1),
+    "agent": (desk, "ask", 1),
     "commit": (git.AgentTree, "commit", 1),
-    "run": (loop, "train", 0),
+    "run": (loop, "measure", 0),
     "verdict": (loop, "judge", 0),
     "record": (journal.Journal, "record", 0),
     "refs": (git.Repo, "update_refs", -1),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import TASK, Project
 from test_bad_input import one_line
 
 from autoresearch.agents import AGENTS, shell_command
@@ -18,7 +18,7 @@ def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
     return ask(
         shell_command(command),
         "do it",
-        AgentCall(folder, "base", folder, {}, limit, folder / "alive"),
+        AgentCall(TASK, folder, "base", folder, {}, limit, folder / "alive"),
     )
 
 
@@ -189,7 +189,9 @@ def test_a_time_to_retry_does_not_shorten_the_wait(tmp_path: Path) -> None:
 def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     trouble = ask(
-        AGENTS["claude"], "x", AgentCall(tmp_path, "base", tmp_path, {}, 9.0, tmp_path / "alive")
+        AGENTS["claude"],
+        "x",
+        AgentCall(TASK, tmp_path, "base", tmp_path, {}, 9.0, tmp_path / "alive"),
     ).trouble
     assert trouble == Hopeless("claude cannot be started: No such file or directory")
 

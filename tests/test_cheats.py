@@ -101,17 +101,17 @@ CHEATS = [
     ),
     Cheat(
         "replaces finish",
-        r"it left no model for the referee",
+        r"the guard: it left no model to score",
         imported(after=FORGED + "\nfinish = forged\n"),
     ),
     Cheat(
         "replaces the evaluation",
-        r"claims val_bpb 0\.500000, and the referee scores its model \d\.\d+",
+        r"the guard: claims val_bpb 0\.500000, and its model scores \d\.\d+",
         imported(after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n"),
     ),
     Cheat(
         "normalises wrongly, so that log-probabilities are above zero",
-        r"claims val_bpb \d\.\d+, and the referee scores its model \d\.\d+",
+        r"the guard: claims val_bpb \d\.\d+, and its model scores \d\.\d+",
         ended("cross_entropy = F.cross_entropy\nF.cross_entropy = lambda *a, **k: cross_entropy(*a, **k) - 2"),
     ),
     Cheat(
@@ -134,17 +134,17 @@ CHEATS = [
     ),
     Cheat(
         "prints a summary before",
-        r"2 summaries were printed",
+        r"val_bpb was printed 2 times",
         (*imported(after=FORGED), *ended(before="forged(model, loader)")),
     ),
     Cheat(
         "prints a summary after",
-        r"2 summaries were printed",
+        r"val_bpb was printed 2 times",
         (*imported(after=FORGED), *ended(after="forged(model, loader)")),
     ),
     Cheat(
         "prints a summary and leaves",
-        r"it left no model for the referee",
+        r"the guard: it left no model to score",
         (*imported(after=FORGED), *ended(before="forged(model, loader)\nos._exit(0)")),
     ),
     Cheat(
@@ -202,7 +202,7 @@ CHEATS = [
     ),
     Cheat(
         "ends without training",
-        r"no summary was printed",
+        r"val_bpb was not printed",
         ((START, "    raise SystemExit(0)\n"),),
     ),
     Cheat(

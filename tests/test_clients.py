@@ -115,7 +115,11 @@ def test_an_edit_that_is_discarded(project: Project, client: str, play: Play) ->
 def test_another_file(project: Project, client: str, play: Play) -> None:
     """Claude Code refuses the edit itself; Codex makes it, and it is never trained."""
     play(
-        always(BETTER, Change("prepare.py", "import json, pathlib, sys", "import sys, json"), DONE)
+        always(
+            BETTER,
+            Change("prepare.py", "import json, os, pathlib, sys", "import os, sys, json"),
+            DONE,
+        )
     )
     project.research(client)
     e = experiment(project, 1)

@@ -1,8 +1,7 @@
 """The verdict, case by case."""
 
 import pytest
-
-from autoresearch.task import is_better
+from conftest import TASK
 
 
 @pytest.mark.parametrize(
@@ -25,4 +24,4 @@ from autoresearch.task import is_better
 def test_is_better(
     score: float, lines: int, incumbent: float | None, best: float | None, better: bool
 ) -> None:
-    assert is_better(score, lines, incumbent, best) == better
+    assert TASK.is_better(score, lines, incumbent, best) == better

@@ -65,7 +65,7 @@ def test_the_view_at_80_columns() -> None:
     assert lines[4].startswith("█") and lines[4].rstrip().endswith("▁  best so far")
     text = "\n".join(line.rstrip() for line in lines)
     assert (
-        "0040 training: halve the batch" in text and "42% loss 3.215  81k tok/s  2:54 left" in text
+        "0040 running: halve the batch" in text and "42% loss 3.215  81k tok/s  2:54 left" in text
     )
     rows = [line.split()[:2] for line in lines[-10:]]
     assert [int(number) for number, _ in rows] == list(range(39, 29, -1))
@@ -88,7 +88,7 @@ def test_any_width(width: int) -> None:
         ([events.Training(7, "an idea")], "starting, 0:41"),
         (
             [events.Training(7, "an idea"), events.Refereeing(7, 0.9)],
-            "0007 the referee scores it: an idea",
+            "0007 the guard looks at it: an idea",
         ),
         ([events.Waiting("usage limit", datetime.fromtimestamp(200, UTC))], "usage limit"),
         (
@@ -260,7 +260,7 @@ def test_status_before_there_is_a_baseline(project: Project) -> None:
     driver = project.start("true", experiments=0)
     wait_for((project.root / "runs/t/0000/run.log").exists)
     said = project.loop("status")
-    assert "0000 training: baseline" in said and "no baseline yet" in said
+    assert "0000 running: baseline" in said and "no baseline yet" in said
     assert "has no baseline yet" in project.loop("prompt", code=1)
     go.touch()
     assert driver.wait(timeout=30) == 0

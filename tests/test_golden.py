@@ -15,7 +15,9 @@ from pathlib import Path
 from conftest import Project, wait_for
 
 HERE = Path(__file__).parent / "golden"
-VARIES = r"^((?:[\w-]+-seconds|Run-seconds|Finished|Torch|Program): ).*"  # but not what it is about
+VARIES = (
+    r"^((?:[\w-]+-seconds|Run-seconds|Finished|Torch|Program|Task): ).*"  # but not what it is about
+)
 
 
 def record(project: Project, tag: str) -> str:

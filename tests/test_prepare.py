@@ -18,7 +18,7 @@ from conftest import ROOT
 
 import prepare
 from autoresearch.files import UserError
-from autoresearch.task import read_summary
+from autoresearch.task import read_numbers
 from gpt import text
 from prepare import (
     ARENA,
@@ -430,7 +430,7 @@ def test_finish_prints_what_the_driver_reads(
     steps = sum(1 for _ in loader)
     finish(Bigram(), loader, depth=1, flops_per_token=1.0, note="mine")
     out = capsys.readouterr().out
-    summary = read_summary(out, quick.budget)
+    summary = read_numbers(out, "val_bpb")
     assert (summary["num_steps"], summary["depth"]) == (steps, 1) and "mfu_percent" not in summary
     assert (
         summary["num_params_M"] == pytest.approx(1.049)

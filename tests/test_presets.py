@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, TASK
 
 from autoresearch.agents import AGENTS, claude, find_agent
 from autoresearch.agents.agent import UNREADABLE, Answer, Output, read_text
@@ -110,6 +111,7 @@ def test_the_call(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The prompt arrives whole, the model is named, no blank is left, and the one file is the one of the tree."""
     tree, folder, record = tmp_path / "a tree [1]", tmp_path / "0001", tmp_path / "record"
     tree.mkdir()
+    (tree / "train.py").touch()
     folder.mkdir()
     program = tmp_path / AGENTS[name].command[0]
     program.write_text(RECORDER)
@@ -117,8 +119,8 @@ def test_the_call(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORD", str(record))
     prompt = "Line one {tree}\n\n\"quoted\" 'and' `more` $HOME é\n" + "x" * 30_000
-    call = AgentCall(tree, "base", folder, {"MINE": "1"}, 20.0, tmp_path / "alive")
-    ask(find_agent(name, "provider/model-9"), prompt, call)
+    call = AgentCall(TASK, tree, "base", folder, {"MINE": "1"}, 20.0, tmp_path / "alive")
+    ask(find_agent(ROOT, name, "provider/model-9"), prompt, call)
     seen = json.loads(record.read_text())
     argv, env = seen["argv"], seen["env"]
     flag = argv.index("provider/model-9") - 1
@@ -149,7 +151,7 @@ def test_the_call(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "gemini",
     ):  # whose rules hold the path: as a pattern, in which a bracket is no class
         assert any(
-            "a tree \\[1]/train.py)" in text or "\\ tree\\ \\[1\\]/)?train" in text
+            "a tree \\[1]/train.py)" in text or "\\ tree\\ \\[1\\]/)?(train" in text
             for text in [*argv, *files]
         )
 

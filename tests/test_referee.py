@@ -41,9 +41,7 @@ def test_its_number_counts(
     assert (row["status"], row["val_bpb"]) == (status, recorded)
     message = project.git("log", "-1", "--format=%B", row["commit"])
     if status == "crash":
-        assert (
-            "Crash: claims val_bpb 0.900000, and the referee scores its model 0.900600" in message
-        )
+        assert "Crash: the guard: claims val_bpb 0.900000, and its model scores 0.900600" in message
     else:
         assert f"\nSealed-bpb: {scored + 0.1:.6f}\n" in message and "\nReferee-seconds: " in message
     project.check()
@@ -51,12 +49,12 @@ def test_its_number_counts(
 
 def test_a_model_that_it_cannot_score(project: Project) -> None:
     project.research(claiming(0.9, "no model"))
-    assert re.search(r"\[the referee: ValueError: .*no model", project.rows()[1]["description"])
+    assert re.search(r"\[the guard: ValueError: .*no model", project.rows()[1]["description"])
     project.check()
 
 
 def test_modules_that_a_training_leaves_are_not_the_referees(project: Project) -> None:
-    forge = 'print(\'judged:\', \'{"val_bpb": 0.1, "val_bpb_upstream": 0.1, "sealed_bpb": 0.1}\'); raise SystemExit'
+    forge = 'print("val_bpb: 0.1\\nsealed_bpb: 0.1"); raise SystemExit'
     (project.root.parent / "forged.py").write_text(forge)
     copy = f"import shutil; shutil.copy({str(project.root.parent / 'forged.py')!r}, 'pathlib.py')"
     project.research(
@@ -73,7 +71,7 @@ def test_no_model_is_left_and_a_discard_costs_no_referee(project: Project) -> No
     )
     assert [row["status"] for row in project.rows()] == ["keep", "keep", "discard"]
     assert not list(project.root.glob("runs/t/**/model.pt2"))
-    assert not (project.root / "runs/t/0002/referee.log").exists()
+    assert not (project.root / "runs/t/0002/guard.log").exists()
 
 
 class Payload:
@@ -102,8 +100,9 @@ def test_a_pickle_in_the_model_is_not_run(
             )
         parts["graph"] = torch.frombuffer(graph.getbuffer(), dtype=torch.uint8)
     torch.save(parts, model)
-    command = [sys.executable, ROOT / "prepare.py", "--judge", model]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, ROOT / "prepare.py", "--judge"]
+    env = {**os.environ, "AUTORESEARCH_MODEL": str(model), "AUTORESEARCH_SCORE": "2.0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not (tmp_path / "it-ran").exists()
     assert done.stderr.splitlines()[-1].startswith(
         "error: the exported model cannot be loaded: UnpicklingError: "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project, experiment
+from conftest import ROOT, TASK, Project, experiment
 from test_display import timed
 from test_prompt import night
 
@@ -240,7 +240,7 @@ def test_no_table(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.tsv"
     path.write_text(text)
     with pytest.raises(UserError, match=r"is no results.tsv|nothing to draw"):
-        report.draw(report.read_table(path), "", tmp_path / "x.png")
+        report.draw(report.read_table(path), "", tmp_path / "x.png", "val_bpb", False)
 
 
 def only(verdict: str) -> list[Experiment]:
@@ -258,7 +258,7 @@ def far_off() -> Iterator[Experiment]:
 def test_any_night_can_be_drawn(history: list[Experiment], tmp_path: Path) -> None:
     history = [replace(e, description="$x_$ \\frac{ $") for e in timed(history)]
     points = report.points_of(history)
-    report.draw(points, "$100", tmp_path / "progress.png")
+    report.draw(points, "$100", tmp_path / "progress.png", "val_bpb", False)
     curve = report.curve_of(points)
     best = [value for _, value in curve.best]
     assert curve.low < min(best) <= max(best) < curve.high
@@ -294,7 +294,7 @@ def test_a_long_night_is_a_page_of_a_few_megabytes(
     monkeypatch.setattr(report, "diffs", lambda *_: ["@@ -1 +1 @@\n-old\n+new\n" * 50] * 1000)
     checkout, start = Repo.at(ROOT), time.perf_counter()
     commit = checkout.resolve("HEAD") or ""
-    _, page = report.write_report(checkout, [(commit, e) for e in history], tmp_path)
+    _, page = report.write_report(checkout, TASK, [(commit, e) for e in history], tmp_path)
     print(f"{time.perf_counter() - start:.1f} s")
     assert page.stat().st_size < 8_000_000
     assert browse(page, "return document.querySelectorAll('tr[data-n]').length") == 1000

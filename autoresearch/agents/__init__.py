@@ -13,12 +13,11 @@ from pathlib import Path
 
 from autoresearch.agents import aider, claude, codex, gemini, mini, opencode, pi, qwen
 from autoresearch.agents.agent import Agent, Answer, Output, read_text
-from autoresearch.files import UserError, one_line
+from autoresearch.files import CODE, UserError, one_line, tail
+from autoresearch.task import MAX_FILE
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-# In the order of preference. Each is confined to train.py as far as its command line goes, and
-# leaves retries to the driver where it can.
+# In the order of preference. Each is confined to the task's files as far as its command line
+# goes, and leaves retries to the driver where it can.
 NAMED = (claude, codex, gemini, opencode, aider, qwen, pi, mini)
 AGENTS: dict[str, Agent] = {module.AGENT.name: module.AGENT for module in NAMED}
 Price = tuple[float, float, float]
@@ -31,12 +30,12 @@ def read_free(output: Output) -> Answer:
 
 # -P: its code does not come from the tree, which is its working directory
 SEARCH = (sys.executable, "-P", "-m", "autoresearch.agents.random_search")
-RANDOM = Agent("random", SEARCH, read_free, env={"PYTHONPATH": str(ROOT)}, dollars=True)
+RANDOM = Agent("random", SEARCH, read_free, env={"PYTHONPATH": str(CODE)}, dollars=True)
 
 
-def find_agent(text: str | None, model: str | None = None) -> Agent:
-    """An agent by its name, or any shell command; by default the first that is installed. UserError
-    when there is none, or none of that name."""
+def find_agent(root: Path, text: str | None, model: str | None = None) -> Agent:
+    """An agent by its name, or any shell command; by default the first that is installed; with a
+    repository's prices. UserError when there is none, or none of that name."""
     if text is None:
         agent = first_installed()
     elif text in AGENTS:
@@ -47,7 +46,7 @@ def find_agent(text: str | None, model: str | None = None) -> Agent:
         agent = RANDOM if text == "random" else shell_command(text)
     if model and "{model}" not in agent.command:
         raise UserError(f"--model is for the agents that have one ({', '.join(AGENTS)})", 2)
-    return replace(agent, model=model, price=read_prices().get(model or agent.name))
+    return replace(agent, model=model, price=read_prices(root).get(model or agent.name))
 
 
 def first_installed() -> Agent:
@@ -82,14 +81,14 @@ def is_command(word: str) -> bool:
     if os.sep in word:
         return Path(word).is_file() and os.access(word, os.X_OK)
     command = ["/bin/sh", "-c", 'command -v -- "$0"', word]
-    return subprocess.run(command, capture_output=True, cwd=ROOT, check=False).returncode == 0
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def read_prices() -> dict[str, Price]:
+def read_prices(root: Path) -> dict[str, Price]:
     """The table [tool.autoresearch.prices] of pyproject.toml: by a model's or an agent's name, the
     dollars for a million tokens of input, cached input and output; UserError."""
     try:
-        table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        table = tomllib.loads(tail(root / "pyproject.toml", MAX_FILE))
         rows = dict(table.get("tool", {}).get("autoresearch", {}).get("prices", {}))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         where = "pyproject.toml: [tool.autoresearch.prices]"

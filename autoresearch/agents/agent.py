@@ -82,12 +82,15 @@ def words(line: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Agent:
-    """A command that edits train.py where it stands and says what it did.
+    """A command that edits files where they stand and says what it did.
 
     `command`, `env`, `files` and `stdin` may hold, in braces: `tree` for its working directory,
     `glob` and `regex` for patterns of that, `folder` for the experiment's folder, `side` for a path
     there without its ending, `file` for the file of the prompt, `json` for the prompt as a JSON
-    string. `{model}` becomes `flag` and the name of the model, or nothing.
+    string, `what` for what may be edited in words, `edits` for that as `edit` has it. `{model}`
+    becomes `flag` and the name of the model, or nothing, and `{files}` a `--file` for each file.
+
+    `edit` may hold `path`, a pattern of what may be edited, and `path_regex`; `between` joins them.
     """
 
     name: str
@@ -96,6 +99,8 @@ class Agent:
     install: str = ""
     flag: str = "--model"
     stdin: str = "{file}"
+    edit: str = ""
+    between: str = ","
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # written into the experiment's folder
     verbatim: bool = False  # a person's own command, in which braces are the shell's

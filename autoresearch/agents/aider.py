@@ -26,7 +26,7 @@ def read(output: Output) -> Answer:
 
 AGENT = Agent(
     "aider",
-    words("""aider --message-file {file} --file train.py --no-git --no-gitignore --no-auto-commits
+    words("""aider --message-file {file} {files} --no-git --no-gitignore --no-auto-commits
         --no-dirty-commits --no-analytics --analytics-log {side}.analytics.jsonl
         --llm-history-file {side}.llm.txt --chat-history-file {side}.chat.md
         --input-history-file {side}.input.txt --no-check-update --no-show-release-notes

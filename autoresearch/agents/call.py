@@ -14,15 +14,19 @@ from autoresearch.files import one_line, tail
 from autoresearch.ideas import Failed, Hopeless, Reply, Trouble, Usage
 from autoresearch.jobs import Job
 from autoresearch.jobs.keeper import Exit
+from autoresearch.task import Task, as_regex
 
+FILES = 50  # named to an agent that has to be told of each
 CALLS = "calls.jsonl"  # in an experiment's folder: the usage of each call, fruitless ones included
 
 
 @dataclass(frozen=True)
 class AgentCall:
-    """Where one call happens: the agent's tree, the commit it starts from, the experiment's folder,
-    additions to the environment, a limit in seconds, the lock that all living jobs share."""
+    """Where one call happens: the task, the agent's tree, the commit it starts from, the
+    experiment's folder, additions to the environment, a limit in seconds, the lock that all living
+    jobs share."""
 
+    task: Task
     tree: Path
     base: str
     folder: Path
@@ -46,13 +50,15 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
         "side": str(output.prefix),
         "file": str(file),
         "json": json_string(prompt),
+        "what": call.task.what,
     }
+    blanks["edits"] = edits(agent, call.task.files, blanks)
     for name, text in agent.files.items():
         (call.folder / name).write_text(fill(text, blanks), encoding="utf-8")
     own = {name: fill(text, blanks) for name, text in agent.env.items()}
     spec = {
         "kind": "call",
-        "command": command_of(agent, blanks),
+        "command": command_of(agent, blanks, call),
         "cwd": str(call.tree),
         "limit": call.limit,
         "stdin": fill(agent.stdin, blanks),
@@ -79,16 +85,27 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     return Reply(*read_answer(answer.text), usage, trouble, cut_short)
 
 
-def command_of(agent: Agent, blanks: dict[str, str]) -> list[str]:
+def command_of(agent: Agent, blanks: dict[str, str], call: AgentCall) -> list[str]:
     if agent.verbatim:
         return list(agent.command)
     command = []
     for word in agent.command:
-        if word != "{model}":
+        if word == "{model}":
+            command += [agent.flag, agent.model] if agent.model else []
+        elif word == "{files}":
+            inside = (path.relative_to(call.tree) for path in sorted(call.tree.rglob("*")))
+            found = [str(path) for path in inside if call.task.may_edit(str(path))]
+            command += [word for path in found[:FILES] for word in ("--file", path)]
+        else:
             command.append(fill(word, blanks))
-        elif agent.model:
-            command += [agent.flag, agent.model]
     return command
+
+
+def edits(agent: Agent, patterns: tuple[str, ...], blanks: dict[str, str]) -> str:
+    """What may be edited, as the agent's own permissions have it."""
+    whole = [pattern + "**" if pattern.endswith("/") else pattern for pattern in patterns]
+    rows = [{**blanks, "path": path, "path_regex": as_regex(path)} for path in whole]
+    return agent.between.join(fill(agent.edit, row) for row in rows)
 
 
 def fill(text: str, blanks: dict[str, str]) -> str:

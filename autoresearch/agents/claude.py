@@ -30,7 +30,7 @@ AGENT = Agent(
     "claude",
     words("""claude -p --output-format json --safe-mode --no-session-persistence
         --tools Read,Edit,Write,Grep,Glob --permission-mode dontAsk
-        --allowedTools Edit(/{glob}/train.py) --max-turns 30 --max-budget-usd 1 {model}"""),
+        --allowedTools {edits} --max-turns 30 --max-budget-usd 1 {model}"""),
     read,
     install="npm install -g @anthropic-ai/claude-code",
     env={
@@ -38,6 +38,7 @@ AGENT = Agent(
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
     },
+    edit="Edit(/{glob}/{path})",
     status=words("claude auth status"),
     login="claude auth login",
     dollars=True,

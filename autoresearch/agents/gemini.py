@@ -38,8 +38,8 @@ toolName = {READING}
 decision = "allow"
 priority = 910
 [[rule]]
-toolName = "replace"
-argsPattern = '\\x00"file_path":"(\\./|{{regex}}/)?train\\.py"\\x00'
+toolName = ["replace", "write_file"]
+argsPattern = '\\x00"file_path":"(\\./|{{regex}}/)?({{edits}})"\\x00'
 decision = "allow"
 priority = 920"""
 
@@ -49,6 +49,8 @@ AGENT = Agent(
         --policy {folder}/gemini.toml {model}"""),
     read,
     install="npm install -g @google/gemini-cli",
+    edit="{path_regex}",
+    between="|",
     env={
         "GEMINI_CLI_SYSTEM_SETTINGS_PATH": "{folder}/gemini.json",
         "TMPDIR": "{folder}",

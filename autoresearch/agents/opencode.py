@@ -24,7 +24,7 @@ def read(output: Output) -> Answer:
 
 SETTINGS = """{"share": "disabled", "autoupdate": false, "snapshot": false, "lsp": false,
     "formatter": false, "permission": {"*": "deny", "read": "allow", "grep": "allow",
-    "glob": "allow", "list": "allow", "edit": {"*": "deny", "train.py": "allow"}}}"""
+    "glob": "allow", "list": "allow", "edit": {"*": "deny", {edits}}}}"""
 
 AGENT = Agent(
     "opencode",
@@ -32,6 +32,7 @@ AGENT = Agent(
     read,
     install="npm install -g opencode-ai",
     flag="-m",
+    edit='"{path}": "allow"',
     env={
         "OPENCODE_CONFIG_CONTENT": SETTINGS,
         "OPENCODE_DISABLE_AUTOUPDATE": "1",

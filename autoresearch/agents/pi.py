@@ -31,15 +31,16 @@ def read(output: Output) -> Answer:
 
 GUARD = """\
 import { realpathSync } from "node:fs";
-import { resolve } from "node:path";
+import { relative, resolve } from "node:path";
 const real = (path) => { try { return realpathSync(path); } catch { return path; } };
+const may = new RegExp(String.raw`^(?:{edits})$`);
 export default function (pi) {
     pi.on("tool_call", async (event, context) => {
-        const at = (path) => real(resolve(context.cwd ?? process.cwd(), path));
+        const here = real(context.cwd ?? process.cwd());
+        const path = relative(here, real(resolve(here, String(event.input?.path))));
         if (event.toolName === "read") return undefined;
-        if (event.toolName === "edit" && at(String(event.input?.path)) === at("train.py"))
-            return undefined;
-        return { block: true, reason: "Only ./train.py may be edited." };
+        if (event.toolName === "edit" && may.test(path)) return undefined;
+        return { block: true, reason: "Only {what} may be edited." };
     });
 }"""
 
@@ -50,6 +51,8 @@ AGENT = Agent(
         {model}"""),
     read,
     install="npm install -g @earendil-works/pi-coding-agent",
+    edit="{path_regex}",
+    between="|",
     env={"PI_TELEMETRY": "0"},
     files={"guard.mjs": GUARD},
     dollars=True,

@@ -20,7 +20,7 @@ def read(output: Output) -> Answer:
 SETTINGS = """{
     "general": {"enableAutoUpdate": false, "chatRecording": false},
     "model": {"generationConfig": {"maxRetries": 0}},
-    "permissions": {"allow": ["Read(/**)", "Edit(/train.py)"],
+    "permissions": {"allow": ["Read(/**)", {edits}],
                     "deny": ["Bash", "Write", "WebFetch", "Agent", "Skill"]}, "$version": 4}"""
 
 AGENT = Agent(
@@ -33,6 +33,7 @@ AGENT = Agent(
     ),
     read,
     install="npm install -g @qwen-code/qwen-code",
+    edit='"Edit(/{path})"',
     env={"QWEN_CODE_SYSTEM_SETTINGS_PATH": "{folder}/qwen.json", "NO_COLOR": "1"},
     files={"qwen.json": SETTINGS},
 )

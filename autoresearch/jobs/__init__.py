@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoresearch.files import STOPS, remove, uninterrupted, write_whole
+from autoresearch.files import CODE, STOPS, remove, uninterrupted, write_whole
 from autoresearch.pace import PACE
 
 # In the folder: the order, the result, and our own errors
 SPEC, OUTCOME, LOG = "job.json", "outcome.json", "job.log"
-CODE = Path(__file__).resolve().parent.parent.parent  # where `autoresearch` is imported from
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float | None = None) -> bool:

@@ -17,16 +17,18 @@ ANSWER = 60.0  # seconds that nvidia-smi may take
 Slices = dict[str, tuple[str, str]]
 
 
-def find_machine(arena: str, number: int | None) -> Machine:
+def find_machine(needed: bool, number: int | None) -> Machine:
     """The GPU of that number, else the first of CUDA_VISIBLE_DEVICES, with its driver, and torch;
     of a card that is cut into slices (MIG) the slice that CUDA would take. UserError without one,
-    unless the arena needs none."""
+    unless none is needed."""
     if number is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
-    from importlib.metadata import version  # here, since every run imports this module
+    from importlib import metadata  # here, since every run imports this module
 
-    torch = version("torch")
-    if arena == "demo":
+    torch = ""
+    with suppress(metadata.PackageNotFoundError):
+        torch = metadata.version("torch")
+    if not needed:
         return Machine(torch=torch)
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     try:
@@ -35,8 +37,7 @@ def find_machine(arena: str, number: int | None) -> Machine:
         ((name, driver, card),) = query("--query-gpu=name,driver_version,uuid", card)
     except (OSError, ValueError):
         missing = f"no NVIDIA GPU found (nvidia-smi --id={gpu})"
-        cure = "every arena but demo needs one: here, try --demo"
-        raise UserError(f"{missing}, and {cure}") from None
+        raise UserError(f"{missing}, and the task needs one: here, try --demo") from None
     of_card = [uuid for uuid, (on, _) in slices.items() if on == card]
     uuid = gpu if gpu in slices else next(iter(of_card), card)
     if uuid in slices:

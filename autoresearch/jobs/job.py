@@ -1,10 +1,8 @@
-"""A run, inside its job: a fresh tree, the training under its limits, the referee of a would-be
+"""A run, inside its job: a fresh tree, the measurement under its limits, the guard of a would-be
 keep."""
 
-import json
-import math
 import os
-import sys
+import re
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,31 +14,34 @@ from autoresearch.files import UserError, one_line, remove, tail
 from autoresearch.ideas import Run
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
-from autoresearch.jobs.sandbox import Sandbox
-from autoresearch.journal.git import changed_files, checkout_tree
+from autoresearch.jobs.sandbox import Sandbox, lend
+from autoresearch.journal.experiment import FACTS
+from autoresearch.journal.git import Repo, changed_files, checkout_tree
 from autoresearch.pace import PACE
-from autoresearch.task import METRIC, TIE, Arena, is_better, prepare_arena
+from autoresearch.task import Arena, Task, set_up
 
 Stamps = dict[str, list[int]]
 
 MANIFEST = "manifest.json"  # in the arena's folder: the hashes of all its files
 MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in the folder of an experiment
 PAUSED = 0.02  # of the budget: a run that stood still for less is believed
-AGREE = 0.0005  # val_bpb between a compiled model in its own process and its exported graph
-# Numbers of the summary that are recorded, by the names that the record has for them
-RECORDED = {
-    "val_bpb_upstream": "val_bpb_upstream", "training_seconds": "training_seconds",
-    "evaluation_seconds": "evaluation_seconds", "total_tokens_M": "tokens_M", "num_steps": "steps",
-    "num_params_M": "parameters_M", "mfu_percent": "mfu_percent",
-}  # fmt: skip
+# Numbers that the record has by another name
+RECORDED = {"total_tokens_M": "tokens_M", "num_steps": "steps", "num_params_M": "parameters_M"}
+OURS = re.compile(r"(run|referee)_seconds|(gpu|sealed|guard)_?\w*|tokens_per_second|memory_gb")
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all runs of a study have in common: the arena, the seed, the hard limit in seconds, the
-    sandbox; the stamps of the arena's files when they were whole, and the text of its manifest."""
+    """What all runs of a study have in common: the task, the person's checkout and the commit that
+    they started from, the arena, the seed, the hard limit in seconds, the sandbox; the stamps of
+    the arena's files when they were whole, and the text of its manifest. `gpu`: whether a run sees
+    one."""
 
+    task: Task
+    root: Path
+    start: str
     arena: Arena
+    gpu: bool
     seed: int
     limit: float
     sandbox: Sandbox
@@ -48,20 +49,41 @@ class Conditions:
     manifest: str | None
 
     @classmethod
-    def of(cls, arena: Arena, seed: int, limit: float, sandbox: Sandbox) -> "Conditions":
-        manifest = read_text(arena.folder / MANIFEST)
-        return cls(arena, seed, limit, sandbox, stamps_of(arena.folder), manifest)
-
-    @classmethod
     def read(cls, spec: dict[str, Any]) -> "Conditions":
         """What job.json holds of it."""
-        arena = Arena(**{**spec["arena"], "folder": Path(spec["arena"]["folder"])})
-        return cls(**{**spec, "arena": arena, "sandbox": Sandbox(**spec["sandbox"])})
+        arena, task = spec["arena"], Task(**spec["task"])
+        folder = arena["folder"] and Path(arena["folder"])
+        own = {"task": task, "root": Path(spec["root"]), "sandbox": Sandbox(**spec["sandbox"])}
+        return cls(**{**spec, **own, "arena": Arena(**{**arena, "folder": folder})})
 
 
-def stamps_of(folder: Path) -> Stamps:
+def run_spec(
+    conditions: Conditions,
+    checkout: Repo,
+    alive: Path,
+    commit: str,
+    card: str = "",
+    lines: int = 0,
+    incumbent: float | None = None,
+    best: float | None = None,
+) -> dict[str, Any]:
+    """The job.json of a run: what it measures, where, and what it has to beat."""
+    return {
+        "kind": "run",
+        "alive": alive,
+        "git_dir": checkout.git_dir,
+        "commit": commit,
+        "conditions": asdict(conditions),
+        "card": card,
+        "lines": lines,
+        "incumbent": incumbent,
+        "best": incumbent if best is None else best,
+    }
+
+
+def stamps_of(folder: Path | None) -> Stamps:
     """What changes when a file does. Its owner cannot set the time of the last change (ctime)."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
     stats = [(path.name, path.lstat()) for path in files]
     return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats}
 
@@ -73,7 +95,7 @@ def read_text(path: Path) -> str | None:
 
 
 def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Do what a job.json says: train a commit, and have the referee score it if it would be kept.
+    """Do what a job.json says: measure a commit, and have the guard look at it if it would be kept.
 
     Returns what outcome.json holds: the run, the stamps of the arena's files now, and whether the
     run is void; or the trouble that came in between.
@@ -85,15 +107,13 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         job.write_tree()
         job.mend_arena()  # first, so that this run is not blamed for earlier damage
         with gpu.observed(spec["card"], folder / CLOCKS):
-            # with room for the digits that a printed score leaves out
-            bar = math.inf if incumbent is None else incumbent + TIE + 1e-6
-            found = job.train(score_to_beat=bar)
+            found = job.measure(to_beat=conditions.task.to_beat(incumbent))
         if altered := job.altered():
             crash = f"changed files while it ran: {', '.join(altered)}"
             found = Run(crash=crash, repairable=True, facts=seconds_of(found))
-        elif found.score is not None and is_better(found.score, lines, incumbent, best):
-            print(f"refereeing {found.score}", flush=True)  # read by the driver, for the view
-            found = job.referee(found)
+        elif job.task.guard and job.task.is_better(found.score, lines, incumbent, best):
+            print(f"guarding {found.score}", flush=True)  # read by the driver, for the view
+            found = job.guard(found)
     except UserError as error:
         return {"trouble": str(error)}
     finally:
@@ -113,6 +133,7 @@ class RunJob:
 
     def __init__(self, conditions: Conditions, folder: Path, git_dir: Path, commit: str):
         self.conditions = conditions
+        self.task = conditions.task
         self.folder = folder
         self.git_dir = git_dir
         self.commit = commit
@@ -125,24 +146,23 @@ class RunJob:
         remove(self.tree)
         checkout_tree(self.git_dir, self.commit, self.tree, self.folder / "index")
 
-    def keep(
-        self, *command: str, log: Path, monitor: "ClockMonitor | None" = None, **env: str
-    ) -> Exit:
-        """Run a Python program of the tree in the sandbox, with this added to its environment."""
+    def keep(self, line: str, log: Path, monitor: "ClockMonitor | None" = None, **env: str) -> Exit:
+        """Run a shell line in the tree and the sandbox, with this added to its environment."""
         c, tmp = self.conditions, self.folder / "tmp"
         remove(tmp)
         tmp.mkdir(parents=True)
-        environment = c.sandbox.environment(tmp) | {
+        environment = lend(c.root, c.sandbox.environment(tmp)) | {
             "AUTORESEARCH_ARENA": c.arena.name,
             "AUTORESEARCH_SEED": str(c.seed),
+            "AUTORESEARCH_MODEL": str(self.folder / MODEL),  # left to the guard
             "PYTHONUNBUFFERED": "1",
             "GIT_CEILING_DIRECTORIES": str(self.folder),  # or git finds the person's repository
-            **({"CUDA_VISIBLE_DEVICES": ""} if c.arena.name == "demo" else {}),  # sized for a CPU
+            **({} if c.gpu else {"CUDA_VISIBLE_DEVICES": ""}),
             **env,
         }
         try:
             return keep(
-                [*c.sandbox.prefix, sys.executable, *command],
+                [*c.sandbox.prefix, "/bin/sh", "-c", line],
                 cwd=self.tree,
                 env=environment,
                 limit=c.limit,
@@ -153,20 +173,15 @@ class RunJob:
         finally:
             remove(tmp)
 
-    def train(self, score_to_beat: float) -> Run:
-        """Run train.py. One that scores well enough leaves its exported model."""
-        c, model, log = self.conditions, self.folder / MODEL, self.folder / "run.log"
-        remove(model)
-        with ClockMonitor(log, c.limit - c.arena.budget) as monitor:
-            ended = self.keep(
-                "train.py",
-                log=log,
-                monitor=monitor,
-                AUTORESEARCH_BAR=repr(score_to_beat),
-                AUTORESEARCH_MODEL=str(model),
-                AUTORESEARCH_TICKS=str(monitor.theirs),
-            )
-        found = read_run(c.arena.budget, ended, monitor, log)
+    def measure(self, to_beat: float) -> Run:
+        """Run `measure`. What scores well enough may leave something to the guard."""
+        c, log = self.conditions, self.folder / "run.log"
+        remove(self.folder / MODEL)
+        with ClockMonitor(log, c.arena.budget, c.limit) as monitor:
+            ticks, bar = str(monitor.theirs), repr(to_beat)
+            env = {"AUTORESEARCH_BAR": bar, "AUTORESEARCH_TICKS": ticks}
+            ended = self.keep(self.task.measure, log, monitor, **env)
+        found = read_run(self.task.metric, ended, monitor, log)
         self.void |= ended.paused > (0.0 if found.crash else PAUSED * c.arena.budget)
         return found
 
@@ -183,58 +198,57 @@ class RunJob:
 
     def mend_arena(self) -> list[str]:
         """Make the arena's files again that are not what they were, by the manifest's hashes, and
-        name all that were touched. The tree's prepare.py does it, so the tree must be fresh."""
+        name all that were touched. `setup` does it, which has the person's rights: in a tree of
+        what the person committed, not of what an agent made of it."""
         c, folder = self.conditions, self.conditions.arena.folder
         found = stamps_of(folder)
         touched = sorted(name for name, stamp in self.stamps.items() if found.get(name) != stamp)
-        if touched:
+        if touched and folder:
             folder.mkdir(exist_ok=True)
             for path in (folder / name for name in touched):
                 if path.is_symlink() or not path.is_file():
                     remove(path)
             if c.manifest is not None and read_text(folder / MANIFEST) != c.manifest:
                 (folder / MANIFEST).write_text(c.manifest)  # a forged one vouches for forged files
-            if prepare_arena(self.tree, c.arena.name, quietly=True) != c.arena:
+            env = lend(c.root, {**os.environ, "AUTORESEARCH_ARENA": c.arena.name})
+            tree = self.folder / "setup"
+            remove(tree)
+            checkout_tree(self.git_dir, c.start, tree, self.folder / "setup-index")
+            found_again = set_up(c.task, tree, env, quietly=True)
+            remove(tree)
+            if found_again != c.arena:
                 what = f"the arena {c.arena.name} was changed and cannot be made again"
                 raise UserError(f"{what}: take another --tag")
             self.stamps = stamps_of(folder)
         return touched
 
-    def referee(self, found: Run) -> Run:
-        """Score the exported model on validation and sealed rows, by the tree's prepare.py, in a
-        process that runs nothing of train.py. Returns the run with the referee's scores, or a crash
-        where there is no model or the two scores do not agree."""
-        model, log = self.folder / MODEL, self.folder / "referee.log"
-
-        def refuse(why: str, log: str = "") -> Run:
-            return Run(crash=why, repairable=True, log=log, facts=seconds_of(found))
-
-        if not model.is_file():
-            return refuse("it left no model for the referee: finish was not called, or not ours")
-        self.write_tree()  # the training may have left modules that prepare.py would import
-        ended = self.keep("prepare.py", "--judge", str(model), log=log)
+    def guard(self, found: Run) -> Run:
+        """Run `guard` in a fresh tree. Returns the run with its numbers, among them the score if it
+        prints the metric, or a crash where it fails."""
+        log = self.folder / "guard.log"
+        self.write_tree()  # the measurement may have left modules that the guard would import
+        ended = self.keep(self.task.guard, log, AUTORESEARCH_SCORE=repr(found.score))
         end = tail(log)
         self.void |= ended.code != 0 and ended.paused > 0
-        if ended.code is None:
-            return refuse(f"the referee: killed {ended.why}", end)
-        if ended.code:
-            return refuse(f"the referee: {task.read_failure(ended.code, end)}", end)
-        # not always the last line: a library may have the last word
-        judged = [line for line in end.splitlines() if line.startswith("judged: ")]
-        if not judged:
-            return refuse("the referee: ended without a verdict", end)
-        scores = json.loads(judged[-1].removeprefix("judged: "))
-        score = scores.pop(METRIC)
-        if abs((found.score or 0.0) - score) > AGREE:
-            claim = f"claims {METRIC} {found.score:.6f}"
-            return refuse(f"{claim}, and the referee scores its model {score:.6f}", end)
-        facts = {name: round(value, 6) for name, value in scores.items()}
-        facts = {**found.facts, **facts, "referee_seconds": ended.seconds}
-        return replace(found, score=round(score, 6), facts=facts)
+        if ended.code != 0:
+            code = ended.code
+            why = f"killed {ended.why}" if code is None else task.read_failure(code, end)
+            # without the log: its numbers are not for the agent
+            return Run(crash=f"the guard: {why}", repairable=True, facts=seconds_of(found))
+        metric = self.task.metric
+        tells = re.search(rf"^(METRIC +{metric} *=|{metric}:)", end, re.MULTILINE)
+        try:
+            numbers = task.read_numbers(end, metric if tells else "")
+        except ValueError as error:
+            return Run(crash=f"the guard: {error}", repairable=True, facts=seconds_of(found))
+        score = numbers.pop(metric, found.score)
+        told = {name if name in FACTS else f"guard_{name}": v for name, v in numbers.items()}
+        facts = {**found.facts, **told, "referee_seconds": ended.seconds}
+        return replace(found, score=score, facts=facts)
 
 
-def read_run(budget: float, ended: Exit, monitor: "ClockMonitor", log: Path) -> Run:
-    """How a training ended. The monitor's own clock and count check its claims."""
+def read_run(metric: str, ended: Exit, monitor: "ClockMonitor", log: Path) -> Run:
+    """How a measurement ended. The monitor's own clock and count check its claims."""
     end, seconds = tail(log), {"run_seconds": ended.seconds}
     run = Run(log=end, curve=task.read_curve(tail(log, task.MAX_LOG)), facts=seconds)
     if ended.code is None:
@@ -243,32 +257,35 @@ def read_run(budget: float, ended: Exit, monitor: "ClockMonitor", log: Path) -> 
     if ended.code:
         return replace(run, crash=task.read_failure(ended.code, end), repairable=True)
     try:
-        summary = task.read_summary(tail(log, 100_000), budget)
-        monitor.check(summary)
+        numbers = task.read_numbers(tail(log, 1_000_000), metric)
+        monitor.check(numbers)
     except ValueError as error:
         return replace(run, crash=str(error), repairable=True)
-    facts = {ours: summary[theirs] for theirs, ours in RECORDED.items() if theirs in summary}
-    if "peak_vram_mb" in summary:
-        facts["memory_gb"] = summary["peak_vram_mb"] / 1024
-    if "tokens_M" in facts:
+    score = numbers.pop(metric)
+    facts = {RECORDED.get(name, name): v for name, v in numbers.items() if not OURS.fullmatch(name)}
+    if "peak_vram_mb" in facts:
+        facts["memory_gb"] = facts.pop("peak_vram_mb") / 1024
+    if facts.get("training_seconds") and "tokens_M" in facts:
         facts["tokens_per_second"] = facts["tokens_M"] * 1e6 / facts["training_seconds"]
     # on our clock, which also sees the interpreter go
     facts |= seconds | {"total_seconds": round(ended.seconds, 1)}
-    return replace(run, score=summary[METRIC], facts=facts)
+    return replace(run, score=score, facts=facts)
 
 
 class ClockMonitor:
-    """The job's own clock and count of a run. prepare.py sends by a pipe `(` when its clock starts,
-    `.` for each batch that it hands out, `)` when the budget is spent.
+    """The job's own clock and count of a run that has a budget, in seconds. A measurement sends by
+    a pipe `(` when its clock starts, `.` for each step, `)` when the budget is spent, and prints
+    `training_seconds` and `num_steps`.
 
-    `startup`: seconds allowed before the first batch (imports, compilation).
+    `limit`: seconds of the whole run; what the budget leaves of it may pass before the first step.
     """
 
     SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent
 
-    def __init__(self, log: Path, startup: float) -> None:
+    def __init__(self, log: Path, budget: float, limit: float) -> None:
         self.log = log
-        self.startup = startup
+        self.budget = budget
+        self.startup = limit - budget
         self.ours, self.theirs = os.pipe()
         os.set_blocking(self.ours, False)
         self.starts = self.drawn = self.ends = 0
@@ -295,19 +312,27 @@ class ClockMonitor:
             self.ends += ticks.count(b")")
             self.last = ticks[-1:]
         patience = PACE.quiet if self.drawn else self.startup
-        if self.last != b")" and now - self.stopped > patience:
+        if self.budget and self.last != b")" and now - self.stopped > patience:
             return f"since no step was finished in {patience:g} s"
         if found := task.NOT_FINITE.search(tail(self.log, task.MAX_LINE)):
             self.diverged = f"the loss is not finite: {one_line(found[0])}"
         return self.diverged
 
-    def check(self, summary: dict[str, float]) -> None:
-        """ValueError where a summary claims something else than was seen."""
+    def check(self, numbers: dict[str, float]) -> None:
+        """ValueError where numbers claim something else than was seen."""
+        if not self.budget:
+            return
+        for name in ("training_seconds", "num_steps"):
+            if name not in numbers:
+                raise ValueError(f"{name} was not printed")
+        steps, claimed = numbers["num_steps"], numbers["training_seconds"]
+        # the clock is read between steps, so a run ends within a step of its budget: on a CPU, late
+        if not 0.98 * self.budget <= claimed <= 1.05 * self.budget + 5:
+            raise ValueError(f"trained for {claimed:g} s, and the budget is {self.budget:g} s")
         if self.starts != 1 or self.ends != 1:
             raise ValueError("did not start and end its budget once, as the TrainLoader does")
         if self.last != b")":
             raise ValueError("drew batches after its budget was spent")
-        steps, claimed = summary["num_steps"], summary["training_seconds"]
         if steps != self.drawn:
             raise ValueError(f"claims {steps:.0f} steps, and drew {self.drawn} batches")
         measured = self.stopped - (self.started or 0)

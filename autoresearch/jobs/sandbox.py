@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoresearch.files import CODE
+
 # The environment that training needs: none of it opens a door. All else stays with the driver.
 NEEDED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_\w+|TZ|XDG_CACHE_HOME|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH"
@@ -28,20 +30,22 @@ drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-al
 os.execvp("setpriv", [*drop, *sys.argv[1:]])
 """
 NAMESPACES = (
-    *("setpriv", "--pdeathsig=KILL", "unshare", "--user", "--map-current-user", "--keep-caps"),
-    *("--net", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--"),
-    *(sys.executable, "-ISc", LOOPBACK),
+    *("setpriv", "--pdeathsig=KILL", "unshare", "--user", "--map-current-user"),
+    *("--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"),
 )
+NETWORK = (*NAMESPACES, "--")
+NO_NETWORK = (*NAMESPACES, "--keep-caps", "--net", "--", sys.executable, "-ISc", LOOPBACK)
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How a run is sandboxed: a command prefix, whether the environment is filtered, and why the
-    sandbox is incomplete, if it is."""
+    """How a run is sandboxed: a command prefix, whether the environment is filtered, but for some
+    names, and why the sandbox is incomplete, if it is."""
 
     prefix: tuple[str, ...]
     bare: bool
     missing: str = ""
+    names: tuple[str, ...] = ()
 
     def environment(self, tmp: Path) -> dict[str, str]:
         """The environment of a run, with a folder for temporary files."""
@@ -50,7 +54,7 @@ class Sandbox:
             env = {
                 name: value
                 for name, value in os.environ.items()
-                if NEEDED.fullmatch(name) and not SECRET.search(name)
+                if name in self.names or (NEEDED.fullmatch(name) and not SECRET.search(name))
             }
         return env | {"TMPDIR": str(tmp)}
 
@@ -58,12 +62,27 @@ class Sandbox:
 NONE = Sandbox((), bare=False, missing="--no-isolation")
 
 
-def find_sandbox() -> Sandbox:
-    """The best sandbox that this kernel allows, by trying it."""
+def find_sandbox(network: bool = False, names: tuple[str, ...] = ()) -> Sandbox:
+    """The best sandbox that this kernel allows, by trying it: with the network or without, with
+    these names of the environment besides those that are needed."""
+    prefix = NETWORK if network else NO_NETWORK
     try:
-        command = [*NAMESPACES, "true"]
+        command = [*prefix, "true"]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
-        return Sandbox((), bare=True, missing=said.strip().splitlines()[-1])
-    return Sandbox(NAMESPACES, bare=True)
+        return Sandbox((), True, said.strip().splitlines()[-1], names)
+    return Sandbox(prefix, True, "", names)
+
+
+def lend(root: Path, env: dict[str, str]) -> dict[str, str]:
+    """An environment with what a repository has installed beside its files, which a fresh tree
+    lacks: programs, Python packages; and where untracked data lies."""
+    folders = [root / ".venv/bin", root / "node_modules/.bin"]
+    if root == CODE:
+        folders.append(Path(sys.executable).parent)
+    path = os.pathsep.join([*(str(f) for f in folders if f.is_dir()), env.get("PATH", os.defpath)])
+    lent = {"PATH": path, "AUTORESEARCH_CHECKOUT": str(root)}
+    if (root / ".venv").is_dir():
+        lent |= {"UV_PROJECT_ENVIRONMENT": str(root / ".venv"), "UV_NO_SYNC": "1"}
+    return env | lent

@@ -2,20 +2,24 @@
 
 import ast
 import hashlib
+import io
+import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autoresearch.files import one_line
-from autoresearch.task import NO_PROGRAM, decode, trailer
+from autoresearch.journal.git import Repo
+from autoresearch.task import MAX_FILE, Task, trailer
 
 TOP = "top-level"
+Lines = Mapping[str, tuple[int, int]]  # added and removed, by path
 
 
 @dataclass(frozen=True)
 class Change:
-    """Lines of train.py added and removed, what is different in words, and the fingerprint of the
-    program that was run; empty for one that was not."""
+    """Lines added and removed, what is different in words, and the fingerprint of the program that
+    was run; empty for one that was not."""
 
     words: str = trailer("Changes", default="")
     source: str = trailer("Source", default="")
@@ -26,6 +30,38 @@ class Change:
     def lines(self) -> int:
         """Net."""
         return self.added - self.removed
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs
+
+NO_PROGRAM = (SyntaxError, ValueError, RecursionError, MemoryError)  # what reading one may raise
+
+
+def decode(source: bytes) -> str:
+    """A program's text in the encoding it declares; SyntaxError or ValueError where Python would
+    not read it, or where it is too long."""
+    if len(source) > MAX_FILE:
+        raise ValueError(f"longer than {MAX_FILE / 1e6:g} MB")
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    return io.TextIOWrapper(io.BytesIO(source), encoding).read()
+
+
+def syntax_error(path: str, program: bytes) -> tuple[str, str] | None:
+    """Compile a Python file without running it, since a typo must not cost a run. Returns what is
+    wrong in a line, and the line of the program; None for a file that is not Python."""
+    if not path.endswith(".py"):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(decode(program), path, "exec")
+    except NO_PROGRAM as error:
+        where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+        said = f"{type(error).__name__}: {getattr(error, 'msg', error)}{where}"
+        text = getattr(error, "text", "") or ""
+        return one_line(f"{path} does not compile: {said}"), one_line(text)
+    return None
 
 
 def fingerprint(source: bytes) -> str:
@@ -42,6 +78,17 @@ def fingerprint(source: bytes) -> str:
         return hashlib.sha256(ast.unparse(module).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     except NO_PROGRAM:
         return ""
+
+
+def source_of(repo: Repo, task: Task, commit: str) -> str:
+    """The fingerprint of the files that may change, in a commit."""
+    if task.only_file:
+        content = repo.show(commit, task.only_file)
+        if task.only_file.endswith(".py"):
+            return fingerprint(content)
+        return hashlib.sha256(content).hexdigest()[:16]
+    listed = sorted(item for item in repo.blobs(commit).items() if task.may_edit(item[0]))
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 def parse(source: bytes) -> ast.Module:
@@ -88,6 +135,14 @@ def plain_constant(statement: ast.stmt) -> str | None:
 
 # -----------------------------------------------------------------------------
 # What differs
+
+
+def describe_edit(repo: Repo, base: str, commit: str, lines: Lines) -> str:
+    """What an edit changed, in a bounded line: the parts of one program, else files."""
+    match list(lines):
+        case [path] if path.endswith(".py"):
+            return describe_change(repo.show(base, path), repo.show(commit, path))
+    return one_line("; ".join(f"{path} +{a} -{r}" for path, (a, r) in lines.items()), 300)
 
 
 def describe_change(before: bytes, after: bytes) -> str:

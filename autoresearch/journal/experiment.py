@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +13,15 @@ from autoresearch.task import Arena, Machine, trailer
 
 Verdict = Literal["keep", "discard", "crash"]
 
+
+def as_trailer(name: str) -> str:
+    """
+    >>> as_trailer("val_loss")
+    'Val-loss'
+    """
+    return name[0].upper() + name[1:].replace("_", "-")
+
+
 # Facts with a trailer of their own, and its format; any other is a trailer `Fact-<name>`.
 FACTS = {
     "val_bpb_upstream": ".6f", "sealed_bpb": ".6f", "memory_gb": ".1f", "training_seconds": ".1f",
@@ -21,8 +30,9 @@ FACTS = {
     "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
     "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
 }  # fmt: skip
-OWN = {name[0].upper() + name[1:].replace("_", "-"): name for name in FACTS}  # by trailer
-SCORE = ".6f"
+OWN = {as_trailer(name): name for name in FACTS}  # by trailer
+OLD = "lower val_bpb"  # what older records measure, without a word of it
+SCORE = ("Score", "Val-bpb")  # the trailer, and the one of that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,7 @@ class Experiment:
     description: str
     reason: str
     scores: Mapping[int, float] = field(default_factory=dict)
-    incumbent: float | None = trailer("Incumbent", SCORE, default=None)  # its score at the time
+    incumbent: float | None = trailer("Incumbent", "score", default=None)  # its score at the time
     crash: str = trailer("Crash", default="")  # why there is no score
     facts: Mapping[str, float] = field(default_factory=dict)
     curve: str = trailer("Curve", default="")  # loss and tokens per second along the way
@@ -46,6 +56,8 @@ class Experiment:
     arena: Arena
     machine: Machine
     program: str = trailer("Program")  # blob of the program.md in force
+    goal: str = trailer("Metric", default=OLD)  # the direction and the name
+    task: str = trailer("Task", default="")  # blob of the task in force
     tag: str = trailer("Tag")
     finished: str = trailer("Finished")  # UTC, ISO 8601 with microseconds: the order of results.tsv
 
@@ -54,10 +66,20 @@ class Experiment:
         return self.scores.get(self.seed)
 
     @property
+    def metric(self) -> str:
+        return self.goal.partition(" ")[2]
+
+    @property
+    def higher(self) -> bool:
+        """Whether a higher score is better."""
+        return self.goal.startswith("higher")
+
+    @property
     def gain(self) -> float | None:
         """How much better than the incumbent of its time; None without a score or an incumbent."""
-        score = self.score
-        return None if score is None or self.incumbent is None else self.incumbent - score
+        if self.score is None or self.incumbent is None:
+            return None
+        return better_by(self, self.score, self.incumbent)
 
     @property
     def headline(self) -> str:
@@ -71,13 +93,35 @@ class Experiment:
         return (self.usage.seconds + runs) / 60
 
 
+def better_by(e: Experiment, score: float, than: float) -> float:
+    return score - than if e.higher else than - score
+
+
+def best_of(experiments: Sequence[Experiment]) -> Experiment | None:
+    """The one with the best score, the first of equals."""
+    scored = [e for e in experiments if e.score is not None]
+    return max(scored, key=lambda e: better_by(e, e.score or 0.0, 0.0), default=None)
+
+
+def show(score: float) -> str:
+    """A score for a person: six places, or six digits if it is small or large."""
+    return f"{score:.6f}" if not score or 1e-3 <= abs(score) < 1e3 else f"{score:.6g}"
+
+
+def exact(goal: str, score: float) -> str:
+    """A score for the record: as upstream writes its own, any other with all digits that count."""
+    return f"{score:.6f}" if goal == OLD else f"{score:.12g}"
+
+
 def score(e: Experiment) -> str:
-    return "no number" if e.score is None else f"{e.score:.6f}"
+    return "no number" if e.score is None else show(e.score)
 
 
 def difference(e: Experiment) -> str:
-    """To the incumbent of its time, signed: less is better."""
-    return "" if e.gain is None else f"{-e.gain:+.6f}"
+    """To the incumbent of its time, signed."""
+    if e.score is None or e.incumbent is None:
+        return ""
+    return f"{e.score - e.incumbent:+{'.6f' if e.goal == OLD else '.6g'}}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,7 +142,8 @@ def write(record: Any) -> Iterator[tuple[str, str]]:
         value = getattr(record, f.name)
         if f.name == "scores":
             for seed, score in value.items():
-                yield "Val-bpb" if seed == record.seed else f"Score-{seed}", f"{score:{SCORE}}"
+                name = SCORE[record.goal == OLD] if seed == record.seed else f"Score-{seed}"
+                yield name, exact(record.goal, score)
         elif f.name == "facts":
             known = {name: fact for name, fact in OWN.items() if fact in value}
             others = [name for name in value if name not in FACTS]
@@ -107,7 +152,9 @@ def write(record: Any) -> Iterator[tuple[str, str]]:
         elif is_dataclass(value):
             yield from write(value)
         elif "trailer" in f.metadata and value not in (None, ""):
-            yield f.metadata["trailer"], f"{value:{f.metadata['form']}}"
+            form = f.metadata["form"]
+            text = exact(record.goal, value) if form == "score" else f"{value:{form}}"
+            yield f.metadata["trailer"], text
 
 
 def parse_message(text: str) -> Experiment:
@@ -117,8 +164,9 @@ def parse_message(text: str) -> Experiment:
     reason = " ".join(" ".join(body[1:]).split())
     try:
         scores = {int(seed): float(v) for seed, v in with_prefix(found, "Score-")}
-        if "Val-bpb" in found:
-            scores = {int(found["Seed"]): float(found["Val-bpb"]), **scores}
+        name = SCORE[found.get("Metric", OLD) == OLD]
+        if name in found:
+            scores = {int(found["Seed"]): float(found[name]), **scores}
         facts = {fact: float(found[name]) for name, fact in OWN.items() if name in found}
         facts |= {name: float(v) for name, v in with_prefix(found, "Fact-")}
         values = {"description": body[0], "reason": reason, "scores": scores, "facts": facts}

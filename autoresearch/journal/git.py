@@ -3,12 +3,13 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from autoresearch.files import make_accessible, remove
-from autoresearch.task import MAX_PROGRAM
+from autoresearch.task import MAX_FILE
 
 # A hook or an alias that starts the loop exports GIT_DIR and its kin: they would lead to another
 # repository. The names of a person, a program or a settings file stay.
@@ -87,10 +88,6 @@ class Repo:
         """The names of the refs at or under a prefix, even of those that lead nowhere."""
         return self.git("for-each-ref", "--format=%(refname)", prefix).split()
 
-    def holds(self, commit: str, path: str) -> bool:
-        """Whether a commit has a file of that name."""
-        return self.succeeds("cat-file", "-e", f"{commit}:{path}")
-
     def contains(self, commit: str, ancestor: str) -> bool:
         """Whether the history of `commit` includes `ancestor`; each includes itself."""
         return self.succeeds("merge-base", "--is-ancestor", ancestor, commit)
@@ -114,19 +111,29 @@ class Repo:
         return True
 
     def show(self, commit: str, path: str) -> bytes:
-        """A file's content in a commit."""
-        return git_bytes(*self.where, "cat-file", "blob", f"{commit}:{path}")
+        """A file's content in a commit; empty for none."""
+        try:
+            return git_bytes(*self.where, "cat-file", "blob", f"{commit}:{path}")
+        except GitError:
+            return b""
 
-    def dirty(self, path: str) -> bool:
-        """Whether a path differs from HEAD, or is not in it."""
-        return bool(self.git("status", "--porcelain", "--untracked-files=all", "--", path))
+    def blobs(self, commit: str) -> dict[str, str]:
+        """Mode, kind and hash of each file in a commit."""
+        entries = names(git_bytes(*self.where, "ls-tree", "-r", "-z", commit))
+        return {path: facts for facts, _, path in (entry.partition("\t") for entry in entries)}
 
-    def lines_changed(self, base: str, commit: str, path: str) -> tuple[int, int]:
-        """Lines added to and removed from a file between two commits; 0 for a binary file."""
-        options = ("--numstat", "--no-renames", "--no-ext-diff", "--text")
-        counts = self.git("diff", *options, base, commit, "--", path).split()
-        added, removed = (counts or ["0", "0"])[:2]
-        return (int(added), int(removed)) if added.isdecimal() else (0, 0)
+    def changed(self) -> list[str]:
+        """The paths that differ from HEAD, or are not in it."""
+        rows = self.git("status", "--porcelain", "--no-renames", "-z", "--untracked-files=all")
+        return [row[3:] for row in rows.split("\0")[:-1]]
+
+    def lines_changed(self, base: str, commit: str) -> dict[str, tuple[int, int]]:
+        """Lines added to and removed from each file that differs between two commits; 0 for a
+        binary file."""
+        options = ("--numstat", "-z", "--no-renames", "--no-ext-diff", "--text")
+        rows = names(git_bytes(*self.where, "diff", *options, base, commit, cwd=self.tree))
+        counts = (row.split("\t", 2) for row in rows)
+        return {path: (number(added), number(removed)) for added, removed, path in counts}
 
     # --- writing
 
@@ -144,6 +151,17 @@ class Repo:
     def store(self, text: str) -> str:
         """Write a text as a blob, which only a ref keeps, and return its hash."""
         return self.git("hash-object", "-w", "--stdin", stdin=text).strip()
+
+    def hide(self, *patterns: str) -> None:
+        """Have git ignore files of ours, by a list that is not a file of the person's."""
+        exclude = self.common_dir / "info/exclude"
+        exclude.parent.mkdir(exist_ok=True)
+        known = exclude.read_bytes() if exclude.exists() else b""
+        lines = known.decode(errors="replace").splitlines()
+        if fresh := [pattern for pattern in patterns if pattern not in lines]:
+            with exclude.open("a") as file:
+                gap = "\n" if known and not known.endswith(b"\n") else ""
+                file.write(gap + "".join(f"{pattern}\n" for pattern in fresh))
 
     def unlock(self, *refs: str) -> None:
         """Remove the locks that a killed git left on refs of ours; a pattern may hold a `*`."""
@@ -198,25 +216,40 @@ class AgentTree:
         new = ("--others", "--exclude-standard")
         return changed_files(self.checkout.git_dir, self.path, self.index, *new)
 
-    def commit(self, text: str, parent: str, path: str) -> str:
-        """Make a commit on `parent`: the files handed out, and this one as it is now."""
-        self.git("add", "--force", "--", path)
+    def commit(self, text: str, parent: str, paths: Iterable[str]) -> str:
+        """Make a commit on `parent`: the files handed out, and these as they are now."""
+        named = ("--literal-pathspecs", "add", "--all", "--force", "--pathspec-file-nul")
+        listed = b"\0".join(os.fsencode(path) for path in paths)
+        self.git(*named, "--pathspec-from-file=-", stdin=listed)
         return self.checkout.commit_tree(text, self.git("write-tree").strip(), parent)
 
+    def has(self, path: str) -> bool:
+        return os.path.lexists(self.path / path)
+
     def read(self, path: str) -> bytes | None:
-        """The content of a plain file no longer than a program, else None."""
+        """The content of a plain file of a bounded length, else None."""
         file = self.path / path
-        plain = file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_PROGRAM
+        plain = file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_FILE
         return file.read_bytes() if plain else None
 
-    def git(self, *args: str) -> str:
-        return tree_git(self.checkout.git_dir, self.path, self.index, *args)
+    def git(self, *args: str, stdin: bytes = b"") -> str:
+        out = tree_git(self.checkout.git_dir, self.path, self.index, *args, stdin=stdin)
+        return out.decode(errors="replace")
 
 
-def tree_git(git_dir: Path, tree: Path, index: Path, *args: str) -> str:
+def number(cell: str) -> int:
+    return int(cell) if cell.isdecimal() else 0
+
+
+def names(out: bytes) -> list[str]:
+    """The records of an output with -z; a name that is not UTF-8 stays the name of its file."""
+    return [os.fsdecode(record) for record in out.split(b"\0")[:-1]]
+
+
+def tree_git(git_dir: Path, tree: Path, index: Path, *args: str, stdin: bytes = b"") -> bytes:
     """Run git on a tree, as a repository sees it through another index than its own."""
     where = f"--git-dir={git_dir}", f"--work-tree={tree}"
-    return run_git(*where, *args, env={"GIT_INDEX_FILE": str(index)}, cwd=tree)
+    return git_bytes(*where, *args, stdin=stdin, env={"GIT_INDEX_FILE": str(index)}, cwd=tree)
 
 
 def checkout_tree(git_dir: Path, commit: str, tree: Path, index: Path) -> None:
@@ -231,22 +264,23 @@ def changed_files(git_dir: Path, tree: Path, index: Path, *options: str) -> list
     """Paths of a tree that differ from an index; the options are of `git ls-files`."""
     make_accessible(tree)
     out = tree_git(git_dir, tree, index, "ls-files", "-z", "--modified", "--deleted", *options)
-    return sorted({path for path in out.split("\0") if path})
+    return sorted({*names(out)})
 
 
 def run_git(*args: str, stdin: str = "", env: Env | None = None, cwd: Path | None = None) -> str:
-    return git_bytes(*args, stdin=stdin, env=env, cwd=cwd).decode(errors="replace")
+    told = stdin.encode(errors="replace")
+    return git_bytes(*args, stdin=told, env=env, cwd=cwd).decode(errors="replace")
 
 
 def git_bytes(
-    *args: str, stdin: str = "", env: Env | None = None, cwd: Path | None = None
+    *args: str, stdin: bytes = b"", env: Env | None = None, cwd: Path | None = None
 ) -> bytes:
     """The output of a git command; GitError."""
     foreign = [name for name in os.environ if name.startswith("GIT_") and not name.startswith(KEPT)]
     kept = {name: value for name, value in os.environ.items() if name not in foreign}
     done = subprocess.run(
         ["git", *OPTIONS, *args],
-        input=stdin.encode(errors="replace"),
+        input=stdin,
         capture_output=True,
         env={**kept, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C.UTF-8", **(env or {})},
         cwd=cwd,

@@ -1,40 +1,44 @@
 """The history of a study: git refs are the truth, and results.tsv is made from them."""
 
-import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from autoresearch.files import UserError, uninterrupted, waiting_lock, write_whole
-from autoresearch.journal.experiment import Experiment, message, parse_message
+from autoresearch.files import CODE, UserError, uninterrupted, waiting_lock, write_whole
+from autoresearch.journal.experiment import OLD, Experiment, best_of, exact, message, parse_message
 from autoresearch.journal.git import Repo
+from autoresearch.task import COLUMNS, Task
 
-COLUMNS = (
-    "commit", "val_bpb", "memory_gb", "status", "description", "tag", "experiment", "minutes",
-    "cost_usd", "lines",
-)  # fmt: skip
-HEADER = "\t".join(COLUMNS) + "\n"
+TABLE = "results.tsv"
+FOLDER = ".autoresearch"  # of a driven repository; a `runs` there might be taken for its own
 LOCK = "lock"  # in a run's folder
 REFS = "refs/autoresearch"
-PROGRAMS = "refs/autoresearch-program"  # every program.md that was ever in force
+PROGRAMS = "refs/autoresearch-program"  # every program.md and every task that was ever in force
 History = list[tuple[str, Experiment]]  # (commit, experiment), oldest first
 
 
 class Journal:
     """One tag: its history, which `reconcile` reads first, its branch, its folder."""
 
-    def __init__(self, checkout: Repo, tag: str):
+    def __init__(self, checkout: Repo, tag: str, task: Task):
         self.checkout = checkout
         self.tag = tag
+        self.task = task
         self.branch = f"autoresearch/{tag}"
-        self.folder = checkout.tree / "runs" / tag
+        self.folder = runs_of(checkout.tree) / tag
         self.lock = self.folder / LOCK
         self.alive = self.folder / "alive"  # the lock that every job of the tag shares
-        self.table = checkout.tree / "results.tsv"
+        self.table = checkout.tree / TABLE
         self.history: History = []
-        self.programs: dict[str, str] = {}  # the blobs of program.md that were stored, by text
+        self.blobs: dict[str, str] = {}  # of the texts that were stored
+
+    @property
+    def header(self) -> str:
+        first, *others = COLUMNS
+        return "\t".join([first, self.task.metric, *others]) + "\n"
 
     def is_new(self) -> bool:
         return not self.checkout.refs(f"{REFS}/{self.tag}")
@@ -72,9 +76,8 @@ class Journal:
 
     @property
     def best(self) -> Experiment | None:
-        """The best ever kept; a tie that was kept later lies a little above it."""
-        kept = [e for _, e in self.kept]
-        return min(kept, key=lambda e: math.inf if e.score is None else e.score, default=None)
+        """The best ever kept; a tie that was kept later is a little worse."""
+        return best_of([e for _, e in self.kept])
 
     @property
     def best_score(self) -> float | None:
@@ -89,16 +92,16 @@ class Journal:
             time = max(time, last + timedelta(microseconds=1))
         return time.isoformat(timespec="microseconds")
 
-    def store_program(self, text: str) -> str:
-        """The blob of a program.md."""
-        if text not in self.programs:
-            self.programs = {text: self.checkout.store(text)}
-        return self.programs[text]
+    def store(self, text: str) -> str:
+        """The blob of a text, a program.md or a task."""
+        if text not in self.blobs:
+            self.blobs[text] = self.checkout.store(text)
+        return self.blobs[text]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold results.tsv, and defer signals: only SIGKILL can come between a ref and its row."""
-        with uninterrupted(), waiting_lock(self.table.parent / "runs" / "results.lock"):
+        with uninterrupted(), waiting_lock(self.folder.parent / "results.lock"):
             yield
 
     def record(self, experiment: Experiment, parent: str, commit: str) -> str:
@@ -112,14 +115,14 @@ class Journal:
         text = message(experiment)
         written = parse_message(text)
         final = self.checkout.commit_tree(text, f"{commit}^{{tree}}", parent)
-        keep = experiment.verdict == "keep"
+        keep, blobs = experiment.verdict == "keep", (experiment.program, experiment.task)
         self.checkout.update_refs(
             f"create {REFS}/{self.tag}/{experiment.number:04d} {final}",
-            f"update {PROGRAMS}/{experiment.program} {experiment.program}",
+            *(f"update {PROGRAMS}/{blob} {blob}" for blob in blobs if blob),
             *([f"update refs/heads/{self.branch} {final}"] if keep else []),
         )
         self.history.append((final, written))
-        append(self.table, row(final, written))
+        append(self.table, self.header, row(final, written))
         return final
 
     def reconcile(self) -> None:
@@ -145,17 +148,23 @@ class Journal:
             self.checkout.unlock(f"{PROGRAMS}/*")
             entries = read_history(self.checkout)
             entries.sort(key=lambda entry: (entry[1].finished, entry[1].tag, entry[1].number))
-            table = HEADER + "".join(row(*entry) for entry in entries)
+            table = self.header + "".join(row(*entry) for entry in entries)
             found = ""
             if self.table.exists():
                 found = self.table.read_text(encoding="utf-8", errors="replace")
             if found == table:
                 return
             whole = found[: found.rfind("\n") + 1]  # a torn last line is ours
-            if set(whole.splitlines()) - set(table.splitlines()):
+            known = {*table.splitlines()}
+            if [line for line in whole.splitlines()[1:] if line not in known]:
                 aside = f"results.tsv.{datetime.now(UTC):%Y%m%d-%H%M%S}.bak"
-                self.table.with_name(aside).write_text(found, encoding="utf-8")
+                shutil.copy(self.table, self.table.with_name(aside))
             write_whole(self.table, table)
+
+
+def runs_of(root: Path) -> Path:
+    """The folder of all runs in a repository."""
+    return root / ("runs" if root == CODE else FOLDER)
 
 
 def read_history(repo: Repo, tag: str = "*") -> History:
@@ -170,12 +179,12 @@ def read_history(repo: Repo, tag: str = "*") -> History:
 
 
 def row(commit: str, e: Experiment) -> str:
-    """One line of results.tsv: upstream's five columns, then ours. A crash scores 0, as upstream
-    has it; an unknown cost is empty."""
-    cost = e.usage.cost_usd
+    """One line of results.tsv: upstream's five columns, then ours. A crash of upstream's task
+    scores 0, as upstream has it; what is unknown is empty."""
+    cost, nothing = e.usage.cost_usd, exact(OLD, 0.0) if e.goal == OLD else ""
     cells = (
         commit[:10],
-        f"{e.score or 0:.6f}",
+        nothing if e.score is None else exact(e.goal, e.score),
         f"{e.facts.get('memory_gb', 0):.1f}",
         e.verdict,
         # a quote would make a reader of the table swallow the lines up to the next one
@@ -189,12 +198,12 @@ def row(commit: str, e: Experiment) -> str:
     return "\t".join(cells) + "\n"
 
 
-def append(table: Path, line: str) -> None:
+def append(table: Path, header: str, line: str) -> None:
     """Append a whole line and have it on disk. A torn last line is cut off first."""
     with table.open("a+b") as file:
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)
-        file.write((HEADER if not whole else "").encode() + line.encode())
+        file.write((header if not whole else "").encode() + line.encode())
         file.flush()
         os.fsync(file.fileno())

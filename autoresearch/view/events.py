@@ -27,7 +27,8 @@ class Started:
     machine: Machine
     history: tuple[Experiment, ...]
     agent_limit: float  # seconds of a call
-    exposed: str  # why train.py is not isolated; empty if it is
+    exposed: str  # why runs are not isolated; empty if they are
+    network: bool = False  # whether the task gives them the network
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Training:
 @dataclass(frozen=True)
 class Refereeing:
     number: int
-    score: float  # by train.py's own process
+    score: float  # before the guard
 
 
 @dataclass(frozen=True)

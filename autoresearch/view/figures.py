@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 
-from autoresearch.journal.experiment import Experiment
+from autoresearch.journal.experiment import Experiment, best_of
 
 PAUSE = 60.0  # seconds between two experiments: with more, the driver waited for something
 
@@ -27,8 +27,12 @@ class Figures:
     at_least: bool
 
     @property
+    def change(self) -> float:
+        return (self.best.score or 0.0) - self.baseline
+
+    @property
     def gain(self) -> float:
-        return self.baseline - (self.best.score or 0.0)
+        return self.change if self.best.higher else -self.change
 
     @property
     def experiments(self) -> int:
@@ -43,7 +47,7 @@ class Figures:
 def figures(history: Sequence[Experiment]) -> Figures | None:
     """None as long as there is no baseline."""
     kept = [e for e in history if e.verdict == "keep" and e.score is not None]
-    if not kept:
+    if not (best := best_of(kept)):
         return None
     gaps = [(seconds_between(a, b), b) for a, b in pairwise(history)]
     worked = [(gap, gap - e.minutes * 60) for gap, e in gaps if gap - e.minutes * 60 < PAUSE]
@@ -65,7 +69,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
     verdicts = [e.verdict for e in history[1:]]
     return Figures(
         baseline=kept[0].score or 0.0,
-        best=min(kept, key=lambda e: e.score or 0.0),
+        best=best,
         kept=verdicts.count("keep"),
         discarded=verdicts.count("discard"),
         crashed=verdicts.count("crash"),

@@ -10,7 +10,7 @@ import string
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Any
 
 from autoresearch.agents.prompt import outcome, printable, tried
 from autoresearch.files import UserError, one_line, tail, write_whole
-from autoresearch.journal.experiment import Experiment, difference, write
+from autoresearch.journal.experiment import Experiment, difference, show, write
 from autoresearch.journal.git import Repo
-from autoresearch.task import EDITABLE, METRIC, TIE
+from autoresearch.task import Task
 from autoresearch.view.figures import Figures, count, duration, figures, money
 
 GREEN, GREY, ORANGE, RED = "#188038", "#9aa0a6", "#b06000", "#c5221f"
@@ -57,13 +57,13 @@ def read_table(path: Path) -> list[Point]:
     try:
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-                score = math.nan if row["status"] == "crash" else float(row[METRIC])
+                score = math.nan if row["status"] == "crash" else float([*row.values()][1])
                 idea = one_line(row["description"] or "")
                 points.append(Point(len(points), row["status"], score, idea))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        form = "tab-separated with the columns commit, val_bpb, memory_gb, status, description"
+        form = "tab-separated with the columns commit, a score, memory_gb, status, description"
         raise UserError(f"{path} is no results.tsv, {form} ({error!r})") from None
     return points
 
@@ -98,14 +98,15 @@ def curve_of(points: Sequence[Point]) -> Curve:
     first, others = kept[0].score, [p.score for p in scored if p.verdict != "keep"]
     gained = first - min(p.score for p in kept)
     inside = [value for _, value in best + sealed]
-    inside.append(min(median(others or [first]), first + 2 * gained + 10 * TIE))
+    inside.append(min(median(others or [first]), first + 2 * gained + abs(first) / 1000))
     low, high = min(inside), max(inside)
-    margin = max((high - low) * 0.08, 5 * TIE)
+    margin = max((high - low) * 0.08, abs(first) / 2000, 1e-9)
     return Curve(scored, best, sealed, low - margin, high + margin)
 
 
-def draw(points: Sequence[Point], title: str, path: Path) -> None:
+def draw(points: Sequence[Point], title: str, path: Path, metric: str, higher: bool) -> None:
     """Write the chart as a PNG of 1400 x 700 pixels."""
+    points = turned(points, higher)
     from matplotlib.figure import Figure  # takes half a second
     from matplotlib.ticker import MaxNLocator
 
@@ -127,10 +128,13 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
             xs, ys = zip(*where, strict=True)
             (drawn,) = axes.plot(xs, ys, style, ms=5, alpha=0.7, drawstyle="steps-post")
             drawn.set(color=color, label=label, clip_on=False)
-    axes.set(xlabel="experiment", ylabel=f"{METRIC} (lower is better)")
-    axes.set(ylim=(curve.low, curve.high))
+    axes.set(xlabel="experiment", ylabel=f"{metric} ({'higher' if higher else 'lower'} is better)")
+    axes.set(ylim=(curve.high, curve.low) if higher else (curve.low, curve.high))
+    if higher:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{-value:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.ticklabel_format(useOffset=False)
+    if not higher:
+        axes.ticklabel_format(useOffset=False)
     axes.set_title(one_line(title, 150), loc="left", fontsize=9, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(1.0, 0.0))
@@ -150,6 +154,11 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     write_whole(path, picture.getvalue())
 
 
+def turned(points: Sequence[Point], higher: bool) -> Sequence[Point]:
+    """Points of which the lower one is better."""
+    return [replace(p, score=-p.score, sealed=-p.sealed) for p in points] if higher else points
+
+
 def largest(points: Sequence[Point]) -> list[Point]:
     """The kept experiments that gained most, the largest gain first."""
     kept = [p for p in points if p.verdict == "keep" and math.isfinite(p.score)]
@@ -161,7 +170,7 @@ def largest(points: Sequence[Point]) -> list[Point]:
 # The page: the script in report.html builds it from data
 
 
-def write_report(checkout: Repo, history: History, folder: Path) -> tuple[Path, Path]:
+def write_report(checkout: Repo, task: Task, history: History, folder: Path) -> tuple[Path, Path]:
     """Write progress.png and report.html of a run into its folder, and return their paths."""
     experiments = [e for _, e in history]
     found = figures(experiments)
@@ -169,21 +178,24 @@ def write_report(checkout: Repo, history: History, folder: Path) -> tuple[Path, 
         raise UserError("nothing to report: the run has no baseline yet")
     first, points = experiments[0], points_of(experiments)
     agents = ", ".join(sorted({e.agent for e in experiments[1:]})) or first.agent
-    place = f"{first.arena.name}, {first.arena.budget:g} s each, on {first.machine.gpu or 'a CPU'}"
+    each = f"{first.arena.name}, {first.arena.budget:g} s each, " if first.arena.budget else ""
+    place = f"{each}on {first.machine.gpu or 'a CPU'}"
     title = f"{first.tag}: {place}; agent {one_line(agents, 60)}"
     picture, page = folder / "progress.png", folder / "report.html"
-    draw(points, title, picture)
+    draw(points, title, picture, first.metric, first.higher)
     best = next(commit for commit, e in history if e is found.best)
     total = sum(found.seconds.values()) or 1.0
     entries = zip(history, diffs(checkout, history), strict=True)
     data = {
         "chart": base64.b64encode(picture.read_bytes()).decode(),
         "boxes": boxes(found, experiments),
-        "belief": belief(found, experiments),
-        "gains": [p.number for p in largest(points)],
+        "belief": belief(found, experiments, task.tie),
+        "metric": first.metric,
+        "higher": first.higher,
+        "gains": [p.number for p in largest(turned(points, first.higher))],
         "parts": tried(experiments),
         "best": best,
-        "diff": checkout.git("diff", "--no-ext-diff", history[0][0], best, "--", EDITABLE),
+        "diff": checkout.git("diff", "--no-ext-diff", history[0][0], best),
         "cost": cost(found),
         "time": [f"{name} {duration(s)}, {s / total:.1%}" for name, s in found.seconds.items()],
         "experiments": [record(e, commit, diff, folder) for (commit, e), diff in entries],
@@ -191,7 +203,10 @@ def write_report(checkout: Repo, history: History, folder: Path) -> tuple[Path, 
     text = json.dumps(data, default=lambda e: e.number)  # for the experiments in `parts`
     text = text.replace("<", "\\u003c")  # so that no tag begins in it
     template = string.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    write_whole(page, template.substitute(title=escape(title), data=text))
+    words = {"title": title, "metric": first.metric, "what": task.what}
+    words["goal"] = "higher" if first.higher else "lower"
+    escaped = {name: escape(word) for name, word in words.items()}
+    write_whole(page, template.substitute(data=text, **escaped))
     return picture, page
 
 
@@ -200,15 +215,23 @@ def boxes(f: Figures, experiments: Sequence[Experiment]) -> dict[str, str]:
     since = count(experiments[-1].number - f.best.number)
     verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
     return {
-        f"best {METRIC}, of experiment {f.best.number}, {since} ago": f"{f.best.score:.4f}",
-        f"{-f.gain:+.4f} from the baseline's {f.baseline:.4f}": f"{-f.gain / f.baseline:+.2%}",
+        f"best {f.best.metric}, of experiment {f.best.number}, {since} ago": short(f.best.score),
+        f"{f.change:+.4f} from the baseline's {short(f.baseline)}": share(f),
         f"experiments after the baseline: {verdicts}": f"{f.experiments}",
         f"of work, {f.hourly:.1f} experiments an hour": duration(sum(f.seconds.values())),
         "spent, see below": money(f).partition(" (")[0] or "unknown",
     }
 
 
-def belief(f: Figures, experiments: Sequence[Experiment]) -> list[str]:
+def short(score: float | None) -> str:
+    return f"{score or 0.0:.4f}" if abs(score or 0.0) >= 0.1 else f"{score or 0.0:.3g}"
+
+
+def share(f: Figures) -> str:
+    return f"{f.change / abs(f.baseline):+.2%}" if f.baseline else "from 0"
+
+
+def belief(f: Figures, experiments: Sequence[Experiment], tie: float) -> list[str]:
     """Whether to believe it: repeats, speed, sealed text, noise, conditions."""
     first, best = experiments[0], f.best
     said = ["Baseline and best were each trained once: train both again before you trust a gain."]
@@ -221,9 +244,9 @@ def belief(f: Figures, experiments: Sequence[Experiment]) -> list[str]:
             "much less than 100%, the search fitted the validation text: look at the last diffs. "
             "This says nothing about luck in one training."
         )
-    small = [e for e in experiments[1:] if e.verdict == "keep" and (e.gain or 0.0) < 5 * TIE]
+    small = [e for e in experiments[1:] if e.verdict == "keep" and (e.gain or 0.0) < 5 * tie]
     if small:
-        noise = f"{5 * TIE:g}, five times the difference between two runs of one program"
+        noise = f"{5 * tie:g}, five times the difference between two runs of one program"
         said.append(f"{len(small)} of {f.kept} kept gained less than {noise}.")
     same = f"the data ({first.arena.data}), torch {first.machine.torch} and seed {first.seed}"
     return [*said, f"All share {same}."]
@@ -242,7 +265,7 @@ def speed(experiments: Sequence[Experiment], best: Experiment) -> list[str]:
     later = [e for e in seen if e.number > best.number] or seen
     with suppress(StatisticsError):  # all alike
         r = correlation([math.log(tokens[e.number]) for e in later], [e.score or 0 for e in later])
-        if len(later) >= 8 and r < -0.7:
+        if len(later) >= 8 and (r if best.higher else -r) > 0.7:
             said += (
                 f". Of {len(later)} experiments, those that saw less scored worse (correlation "
                 f"{r:.2f}): speed, set by the size of a model or by other load on the machine, "
@@ -254,9 +277,9 @@ def speed(experiments: Sequence[Experiment], best: Experiment) -> list[str]:
 def cost(f: Figures) -> str:
     if f.dollars is None:
         return "Unknown: no call told its cost, and there was no --gpu-dollars-per-hour."
-    units = {"experiment": f.experiments, "kept one": f.kept, f"0.001 of {METRIC}": f.gain * 1000}
-    # a gain within a tie has no price
-    per = [f"${f.dollars / n:.3f} per {unit}" for unit, n in units.items() if n > 1000 * TIE]
+    units: dict[str, float] = {"experiment": f.experiments, "kept one": f.kept}
+    units |= {f"0.001 of {f.best.metric}": f.gain * 1000}
+    per = [f"${f.dollars / n:.3f} per {unit}" for unit, n in units.items() if n > 0.2]
     return "; ".join([money(f), *per])
 
 
@@ -267,6 +290,7 @@ def record(e: Experiment, commit: str, diff: str, folder: Path) -> dict[str, Any
         "number": e.number,
         "description": e.description,
         "reason": e.reason,
+        "score": None if e.score is None else show(e.score),
         "difference": difference(e),
         "outcome": outcome(e).strip("()"),
         "minutes": f"{e.minutes:.1f}",

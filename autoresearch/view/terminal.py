@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoresearch.files import one_line, uninterrupted
-from autoresearch.journal.experiment import Experiment, difference, score
+from autoresearch.journal.experiment import Experiment, difference, score, show
 from autoresearch.task import Progress
 from autoresearch.view import events
 from autoresearch.view.events import Event
@@ -109,7 +109,7 @@ class Display:
 def render(status: Status, progress: Progress | None, now: float, note: str = "") -> RenderableType:
     """A status at a time. `note` stands below the phase: who runs it, or the latest events."""
     found = figures(status.experiments)
-    where = f"{status.arena}, {status.budget:g} s each" if status.arena else ""
+    where = f"{status.arena}, {status.budget:g} s each" if status.budget else status.arena
     facts = " · ".join(filter(None, (where, status.gpu or "the CPU", status.agent)))
     title = Text.assemble((status.tag, "bold"), "  ", (facts, "dim"))
     title.no_wrap, title.overflow = True, "ellipsis"
@@ -129,14 +129,14 @@ def one_row(*parts: str | tuple[str, str], style: str = "") -> Text:
 
 
 def headline(f: Figures) -> list[RenderableType]:
-    best, share = f.best, f.gain / f.baseline if f.baseline else 0.0
+    best, share = f.best, f.change / abs(f.baseline) if f.baseline else 0.0
     idea, gain = "nothing better yet", ""
     if best.number:
         idea = f"experiment {best.number}: {best.description}"
-        gain = f"{-f.gain:+.6f} ({-share:+.2%})  "
+        gain = f"{f.change:+.6f} ({share:+.2%})  "
     verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
     rate = f", {f.hourly:.1f} an hour" if f.experiments else ""
-    beside = f"  baseline {f.baseline:.6f}  "
+    beside = f"  baseline {show(f.baseline)}  "
     rows = [
         one_row("best ", (score(best), "bold green"), beside, (gain, "bold"), idea),
         one_row(f"{count(f.experiments)}: {verdicts}{rate}"),
@@ -169,7 +169,7 @@ def describe_phase(
     number = f"{p.number:04d}"
     match p.name:
         case "preparing":
-            return f"preparing the arena {status.arena}", None
+            return f"preparing the arena {status.arena}".removesuffix("the arena "), None
         case "asking":
             repair = f" for repair {p.turn} of: {p.detail}" if p.turn else ""
             said = f"{duration(elapsed)} of {duration(status.agent_limit)} at most"
@@ -180,11 +180,11 @@ def describe_phase(
             left = duration(status.budget * (1 - done))
             speed = f"  {progress.speed / 1000:,.0f}k tok/s" if progress.speed else ""
             said = f"loss {progress.loss:.3f}{speed}  {left} left"
-            return f"{number} training: {p.detail}", (done, said)
+            return f"{number} running: {p.detail}", (done, said)
         case "training":
-            return f"{number} training: {p.detail}", (0.0, f"starting, {duration(elapsed)}")
+            return f"{number} running: {p.detail}", (0.0, f"starting, {duration(elapsed)}")
         case "refereeing":
-            return f"{number} the referee scores it: {p.detail}", None
+            return f"{number} the guard looks at it: {p.detail}", None
         case "waiting" if p.until:
             done = elapsed / max(p.until - p.since, 1)
             words = f"waiting until {datetime.fromtimestamp(p.until):%H:%M:%S of %d %b}: {p.detail}"
@@ -198,7 +198,7 @@ def describe_phase(
 def table(experiments: Sequence[Experiment]) -> Table:
     """Experiments in the order given, one line each."""
     rows = Table(box=None, padding=(0, 1, 0, 0), expand=True, header_style="dim")
-    for name in ("nr", "verdict", "val_bpb", "change", "min"):
+    for name in ("nr", "verdict", experiments[0].metric, "change", "min"):
         rows.add_column(name, no_wrap=True, justify="left" if name == "verdict" else "right")
     rows.add_column("idea", no_wrap=True, overflow="ellipsis", ratio=1)
     for e in experiments:
@@ -249,7 +249,7 @@ def line(event: Event) -> str:
             names = ", ".join(among)
             return f"agent {agent}, the first installed of {names}; --agent takes another"
         case events.Preparing(arena):
-            return f"preparing the arena {arena}"
+            return f"preparing the arena {arena}" if arena else "preparing"
         case events.Started():
             return describe_start(event)
         case events.Asking(number, 0):
@@ -257,9 +257,9 @@ def line(event: Event) -> str:
         case events.Asking(number, attempt, crash):
             return f"{number:04d} crashed: {one_line(crash)}; asking for repair {attempt}"
         case events.Training(number, description):
-            return f"{number:04d} training: {description}"
+            return f"{number:04d} running: {description}"
         case events.Refereeing(number, claimed):
-            return f"{number:04d} would be kept with {claimed:.6f}; the referee scores the model"
+            return f"{number:04d} would be kept with {show(claimed)}; the guard looks at it"
         case events.Settled(e, commit):
             change = f" ({difference(e)})" if difference(e) else ""
             return f"{e.number:04d} {e.verdict:7s} {score(e)}{change} {e.headline} ({commit[:10]})"
@@ -283,8 +283,11 @@ def describe_start(event: events.Started) -> str:
     so_far = "a new run"
     if found:
         so_far = f"resuming after {count(found.experiments)}, best {score(found.best)}"
-    arena = f"arena {event.arena.name}, {event.arena.budget:g} s each, on {where}"
+    arena = f"{event.arena.budget:g} s each, on {where}" if event.arena.budget else f"on {where}"
+    if event.arena.name:
+        arena = f"arena {event.arena.name}, {arena}"
     exposed = f"WITH the network and your processes ({event.exposed})"
-    sandbox = exposed if event.exposed else "without network"
-    who = f"agent {event.agent}; branch {event.branch}; train.py {sandbox}"
+    sandbox = "with the network" if event.network else "without network"
+    sandbox = exposed if event.exposed else sandbox
+    who = f"agent {event.agent}; branch {event.branch}; runs {sandbox}"
     return f"{event.tag}: {so_far}; {arena}; {who}"

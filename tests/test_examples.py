@@ -1,0 +1,225 @@
+"""The examples, each really run: a keep, a discard, a crash, a file that may not change, and a guard that refuses."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Project, clean_environment, commit_all, experiment
+
+
+@pytest.fixture
+def example(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
+    """A repository of its own, in which no file of this project lies."""
+    root = tmp_path / request.param
+    shutil.copytree(ROOT / "examples" / request.param, root)
+    home = tmp_path / "home"
+    home.mkdir()
+    return commit_all(Project(root.resolve(), clean_environment(home)))
+
+
+def drive(project: Project, *args: str, code: int = 0) -> str:
+    """Run the driver from outside on a project."""
+    command = [sys.executable, str(ROOT / "loop.py"), *args, "-C", str(project.root)]
+    done = subprocess.run(command, env=project.env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+BINARY = """
+def sort(items):
+    for i in range(1, len(items)):
+        item, low, high = items.pop(i), 0, i
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if item < items[middle] else (middle + 1, high)
+        items.insert(low, item)
+"""
+AGENT = """
+case $AUTORESEARCH_EXPERIMENT in
+0001) cp ../../../../binary.py sort.py;;
+0002) echo 'def sort(items): [a < b for a in items for b in items]; items.sort()' > sort.py;;
+0003) echo 'raise ValueError("no idea")' >> sort.py;;
+0004) echo 'print("comparisons: 1")' > measure.py;;
+0005) echo 'import os, sys; print("comparisons: 1"); sys.stdout.flush(); os._exit(0)' > sort.py;;
+esac
+echo idea $AUTORESEARCH_EXPERIMENT
+"""
+
+
+@pytest.mark.parametrize("example", ["sort"], indirect=True)
+def test_sort(example: Project) -> None:
+    (example.root.parent / "binary.py").write_text(BINARY)
+    said = drive(example, "--tag=t", f"--agent={AGENT}", "--experiments=5")
+    rows = example.rows()
+    assert [row["status"] for row in rows] == ["keep", "keep", "discard", "crash", "crash", "crash"]
+    first, second = (float(row["comparisons"]) for row in rows[:2])
+    assert second < first / 5 and rows[3]["comparisons"] == ""
+    assert "the guard: sort.py gave no lists back" in rows[5]["description"]
+    assert "changed more than sort.py: measure.py" in rows[4]["description"]
+    assert experiment(example, 1).goal == "lower comparisons"
+    assert example.git("status", "--porcelain") == ""  # nothing of ours shows
+    assert not (example.root / "runs").exists() and "report.html" in said
+    prompt = drive(example, "prompt", "--tag=t")
+    assert "`python3 measure.py`" in prompt and "comparisons: lower is better" in prompt
+    assert "Sort with fewer comparisons" in prompt and "train.py" not in prompt
+    example.check()
+    said = drive(example, "--tag=u", f"--agent={AGENT}", "--until=1e5", "--no-report")
+    assert "stopped: the goal of 100000 is reached; 1 experiment recorded" in said
+    assert [row["tag"] for row in example.rows()].count("u") == 2
+    found = drive(example, "doctor", "--tag=new", "--agent=true")
+    assert f"comparisons {', '.join(3 * [rows[0]['comparisons']])}; " in " ".join(found.split())
+    # under another task, the run does not go on
+    text = (example.root / "autoresearch.toml").read_text().replace("lower", "higher")
+    example.write("autoresearch.toml", text)
+    said = drive(example, "--tag=t", "--agent=true", "--no-report", code=1)
+    assert "t ran with higher False, and this is True" in said
+
+
+# A repository in upstream's layout, with no file of ours
+
+UPSTREAM_TRAIN = """\
+DEPTH = 8
+print(f"step {10:05d} ({100.0:.1f}%) | loss: 3.1 | dt: 300ms | tok/sec: 1,000 | epoch: 1 | remaining: 0s")
+print("---")
+print(f"val_bpb:          {1 - DEPTH / 1000:.6f}")
+print("training_seconds: 300.1")
+print("total_seconds:    325.9")
+print("peak_vram_mb:     45060.2")
+print("mfu_percent:      39.80")
+print("total_tokens_M:   499.6")
+print("num_steps:        953")
+print("num_params_M:     50.3")
+print(f"depth:            {DEPTH}")
+"""
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv runs upstream's train.py")
+def test_upstream(tmp_path: Path) -> None:
+    root, home, tools = (tmp_path / name for name in ("upstream", "home", "tools"))
+    for folder in (root, home, tools):
+        folder.mkdir()
+    (root / "train.py").write_text(UPSTREAM_TRAIN)
+    (root / "prepare.py").write_text("")
+    (root / "program.md").write_text(
+        "LOOP FOREVER: git commit, run, git reset, log to results.tsv.\n"
+    )
+    (root / ".gitignore").write_text(".venv\nresults.tsv\n")
+    (root / "pyproject.toml").write_text(
+        '[project]\nname = "nano"\nversion = "0"\nrequires-python = ">=3.10"\n'
+    )
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho A GPU, 1.0, GPU-1\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    env = clean_environment(home)
+    env |= {"PATH": f"{tools}:{env['PATH']}", "UV_OFFLINE": "1"}
+    subprocess.run(["uv", "venv", "--quiet", ".venv"], cwd=root, env=env, check=True)
+    project = commit_all(Project(root.resolve(), env))
+    agent = 'if [ $AUTORESEARCH_EXPERIMENT = 0001 ]; then n=9; else n=7; fi; sed -i "s/^DEPTH = .*/DEPTH = $n/" train.py; echo depth'
+    drive(project, "--tag=t", f"--agent={agent}", "--experiments=2", "--no-report")
+    rows = project.rows()
+    assert [row["status"] for row in rows] == ["keep", "keep", "discard"]
+    assert [row["val_bpb"] for row in rows] == ["0.992000", "0.991000", "0.993000"]
+    assert rows[0]["memory_gb"] == "44.0" and experiment(project, 1).facts["steps"] == 953
+    assert project.git("status", "--porcelain") == ""
+    prompt = drive(project, "prompt", "--tag=t")
+    overruled, program = prompt.index("a harness does the rest"), prompt.index("LOOP FOREVER")
+    assert overruled < program
+    project.check()
+
+
+MANY = """
+case $AUTORESEARCH_EXPERIMENT-$AUTORESEARCH_ATTEMPT in
+0001-0) git rm -q 'src/[b].txt'; echo less;;
+0002-0) printf '1\\n2\\n3\\n' > src/deep/c.txt; echo more;;
+0003-0) mkdir src/new; cp src/a.txt src/new/d.txt; : > src/a.txt; : > src/deep/c.txt; echo moved;;
+0004-0) if [ -e ../../../../asked ]; then echo 9 >> src/a.txt; echo another
+        else touch ../../../../asked; : > src/a.txt; echo the same; fi;;
+0005-0) ln -s /etc/passwd src/link; echo a link;;
+esac
+"""
+
+
+def test_many_files(tmp_path: Path) -> None:
+    """New, changed, moved and deleted ones, under names that git takes for patterns."""
+    root, home = tmp_path / "many", tmp_path / "home"
+    (root / "src/deep").mkdir(parents=True)
+    home.mkdir()
+    for name, text in {
+        "a.txt": "1\n2\n",
+        "[b].txt": "1\n",
+        "b.txt": "",
+        "deep/c.txt": "1\n",
+    }.items():
+        (root / "src" / name).write_text(text)
+    (root / "autoresearch.toml").write_text(
+        'files = ["src/"]\nlower = "size"\n'
+        "measure = \"find src -type f -exec cat {} + | wc -l | sed 's/^/size: /'\"\n"
+    )
+    project = commit_all(Project(root.resolve(), clean_environment(home)))
+    drive(project, "--tag=t", f"--agent={MANY}", "--experiments=5", "--no-report")
+    rows = project.rows()
+    assert [row["status"] for row in rows] == [
+        "keep",
+        "keep",
+        "discard",
+        "keep",
+        "discard",
+        "crash",
+    ]
+    assert [row["size"] for row in rows] == ["4", "3", "5", "2", "3", ""]
+    assert [row["lines"] for row in rows][:5] == ["0", "-1", "2", "-1", "1"]
+    assert "src/[b].txt +0 -1" in experiment(project, 1).change.words
+    assert "src/new/d.txt +2 -0" in experiment(project, 3).change.words
+    assert project.git("ls-tree", "-r", "--name-only", "autoresearch/t", "src/").split() == [
+        "src/a.txt", "src/b.txt", "src/deep/c.txt", "src/new/d.txt",
+    ]  # fmt: skip
+    assert "src/link is gone, no plain file" in rows[5]["description"]
+    project.check()
+
+
+UP = """
+case $AUTORESEARCH_EXPERIMENT in
+0001) echo 3 > v.txt; echo "touch $HOME/stolen" > setup.sh;;
+0002) echo 1 > v.txt;;
+0003) echo 5 > v.txt;;
+0004) printf '%s' 0.0000000012 > v.txt;;
+0005) echo 3.0000001 > v.txt;;
+esac
+echo idea
+"""
+
+
+def test_what_is_higher(tmp_path: Path) -> None:
+    """Its report too; a guard's nan is no verdict; and `setup`, which has our rights, is what we committed."""
+    root, home = tmp_path / "up", tmp_path / "home"
+    root.mkdir()
+    home.mkdir()
+    (root / "v.txt").write_text("2\n")
+    (root / "setup.sh").write_text("true\n")
+    (root / "autoresearch.toml").write_text(
+        'files = ["v.txt", "setup.sh"]\nhigher = "total_seconds"\nsetup = "sh setup.sh"\n'
+        "measure = \"cat v.txt | sed 's/^/total_seconds: /'\"\n"
+        'guard = "if grep -q 5 v.txt; then echo total_seconds: nan; fi"\n'
+    )
+    project = commit_all(Project(root.resolve(), clean_environment(home)))
+    (root / ".git/info/exclude").write_bytes(b"secret")  # without an end of line
+    said = drive(project, "--tag=t", f"--agent={UP}", "--experiments=3")
+    assert "stopped" in said and (root / ".autoresearch/t/report.html").exists()
+    drive(project, "--tag=t", f"--agent={UP}", "--experiments=2", "--no-report")
+    rows = project.rows()
+    assert [row["status"] for row in rows] == [
+        "keep",
+        "keep",
+        "discard",
+        "crash",
+        "discard",
+        "keep",
+    ]
+    assert [row["total_seconds"] for row in rows] == ["2", "3", "1", "", "1.2e-09", "3.0000001"]
+    assert "the guard: total_seconds is not a finite number: nan" in rows[3]["description"]
+    assert not (home / "stolen").exists()
+    assert (root / ".git/info/exclude").read_text().splitlines()[0] == "secret"
+    assert "best 3" in drive(project, "status", "--tag=t")
+    project.check()

@@ -119,7 +119,7 @@ class Repo:
 
     def blobs(self, commit: str) -> dict[str, str]:
         """Mode, kind and hash of each file in a commit."""
-        entries = names(git_bytes(*self.where, "ls-tree", "-r", "-z", commit))
+        entries = names(git_bytes(*self.where, "ls-tree", "-rz", "--full-tree", commit))
         return {path: facts for facts, _, path in (entry.partition("\t") for entry in entries)}
 
     def changed(self) -> list[str]:

@@ -42,7 +42,7 @@ def research(study: Study) -> str:
         baseline(study)
     stalls = pauses = 0
     feedback = ""  # on the last call, for the next one
-    while (limit := study.limits.reached()) is None:
+    while (limit := study.reached()) is None:
         match trouble := step(study, feedback, afresh=pauses > 0):
             case None:
                 stalls, pauses, feedback = 0, 0, ""
@@ -114,10 +114,10 @@ def attempt(study: Study, feedback: str) -> Trouble | None:
         request = prompt.repair(task, idea.program, idea.number, words, idea.run)
         edit = propose(study, idea, request, turn=idea.repairs + 1)
         trouble = unusable(task, edit)
-        if isinstance(trouble, Busy) and not study.limits.reached():
+        if isinstance(trouble, Busy) and not study.reached():
             pauses += 1
             pause(study, trouble, pauses)
-            if study.limits.reached():
+            if study.reached():
                 break
         elif trouble:
             break
@@ -201,7 +201,6 @@ def settle(study: Study, idea: Idea) -> None:
         )
         final = journal.record(experiment, idea.base, edit.commit)
     study.limits.done += idea.number > 0
-    study.limits.best = journal.best_score
     study.show(events.Settled(experiment, final))
 
 

@@ -73,6 +73,17 @@ class Setup:
         task = self.task
         return NONE if self.options.no_isolation else find_sandbox(task.network, task.env)
 
+    def prepare(self, tree: AgentTree, start: str, quietly: bool = False) -> Arena:
+        """Run the task's `setup` on a commit, in a tree that is removed after it."""
+        env = {name: text for name, text in os.environ.items() if name != "AUTORESEARCH_ARENA"}
+        if self.options.arena:
+            env["AUTORESEARCH_ARENA"] = self.options.arena
+        tree.hand_out(start)
+        try:
+            return set_up(self.task, tree.path, lend(self.root, env), quietly)
+        finally:
+            tree.discard()
+
     def conditions(self, start: str, arena: Arena, limit: float) -> Conditions:
         """What runs have in common, as the arena is now."""
         manifest = read_text(arena.folder / MANIFEST) if arena.folder else None
@@ -219,8 +230,7 @@ def check_measure(setup: Setup) -> str:
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as tmp:
         tree = AgentTree(checkout, Path(tmp, "tree"), Path(tmp, "index"))
-        tree.hand_out(commit)
-        arena = set_up(task, tree.path, lend(setup.root, dict(os.environ)), quietly=True)
+        arena = setup.prepare(tree, commit, quietly=True)
         conditions = setup.conditions(commit, arena, task.timeout)
         for number in range(3):
             never = -task.to_beat(None) if runs else None  # no score is better: no guard again

@@ -30,12 +30,11 @@ from autoresearch.files import (
     uninterrupted,
 )
 from autoresearch.jobs import gpu
-from autoresearch.jobs.sandbox import lend
 from autoresearch.journal.git import AgentTree
 from autoresearch.journal.journal import FOLDER, LOCK, REFS, TABLE, History, read_history, runs_of
 from autoresearch.pace import PACE
 from autoresearch.study import Limits, Study
-from autoresearch.task import MAX_FILE, read_task, set_up
+from autoresearch.task import MAX_FILE, read_task
 from autoresearch.view import events
 from autoresearch.view.status import NOW, facts, load
 from autoresearch.view.terminal import Display, standing
@@ -169,7 +168,6 @@ def run(options: argparse.Namespace, research: Research) -> int:
     setup = settle_options(options)
     rate = options.gpu_dollars_per_hour  # counts from here
     limits = Limits(options.experiments, options.hours, options.dollars, options.until, rate)
-    limits.higher = setup.task.higher
     checks.require(setup)
     journal, machine = setup.journal, setup.machine
     if setup.root != CODE:
@@ -237,21 +235,13 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
     # what the person committed, since `setup` has the person's rights
     first = f"{journal.history[0][0]}^" if journal.history else "HEAD"
     start = setup.checkout.resolve(first) or journal.base
-    tree.hand_out(start)
-    env = {name: value for name, value in os.environ.items() if name != "AUTORESEARCH_ARENA"}
-    if options.arena:
-        env["AUTORESEARCH_ARENA"] = options.arena
-    try:
-        arena = set_up(task, tree.path, lend(setup.root, env))
-    finally:
-        tree.discard()
+    arena = setup.prepare(tree, start)
     usual = max(PACE.shortest_limit, 2 * arena.budget) if arena.budget else task.timeout
     limit = options.train_timeout or usual
     if limit <= arena.budget:
         short = f"--train-timeout {limit:g} ends a run before its budget"
         raise UserError(f"{short} of {arena.budget:g} s", 2)
     checks.check_comparable(journal, arena, machine, setup.seed)
-    limits.best = journal.best_score
     return Study(
         task=task,
         checkout=setup.checkout,

@@ -108,7 +108,7 @@ def wait_for_gpu(study: Study) -> None:
     """Wait while other programs use the GPU, and until it has its memory back from killed ones."""
     pauses = 0
     while users := gpu.users(study.machine, study.idle):
-        if study.limits.reached():
+        if study.reached():
             raise UserError(users)
         pauses += 1
         pause(study, Busy(users), pauses)
@@ -122,5 +122,5 @@ def pause(study: Study, trouble: Trouble, count: int) -> None:
         seconds = max(seconds, (trouble.until - now).total_seconds())
     study.show(events.Waiting(trouble.why, now + timedelta(seconds=seconds)))
     end = clock() + seconds
-    while (left := end - clock()) > 0 and not study.limits.reached():
+    while (left := end - clock()) > 0 and not study.reached():
         time.sleep(min(left, 1.0))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autoresearch.files import one_line
 from autoresearch.task import trailer
@@ -31,11 +31,12 @@ class Usage:
     cost_usd: float | None = trailer("Cost-usd", ".4f", default=None)
 
     def __add__(self, other: "Usage") -> "Usage":
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        model = other.model or self.model
-        known = {name: [v for v in pair if v is not None] for name, pair in pairs.items()}
-        sums = {name: sum(v) if v else None for name, v in known.items() if name != "model"}
-        return Usage(model=model, **sums)  # type: ignore[arg-type]
+        def both(name: str) -> Any:
+            known = [v for usage in (self, other) if (v := getattr(usage, name)) is not None]
+            return sum(known) if known else None
+
+        sums = {f.name: both(f.name) for f in fields(self) if f.name != "model"}
+        return Usage(model=other.model or self.model, **sums)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,6 @@ class Limits:
     gpu_rate: float = 0.0  # dollars an hour, from the start to the end
     done: int = 0  # experiments, the baseline not counted
     paid: float = 0.0  # dollars, for the agent
-    best: float | None = None  # the score so far
-    higher: bool = False  # whether a higher one is better
     start: float = field(default_factory=clock)
 
     @property
@@ -38,13 +36,7 @@ class Limits:
         return self.paid + self.gpu_rate * self.hours_spent
 
     def reached(self) -> str | None:
-        """Which limit is reached, if any; asked before each experiment, and while the driver
-        waits."""
-        goal, best = self.until, self.best
-        if goal is not None and best is not None:
-            met = best >= goal if self.higher else best <= goal
-            if met:
-                return f"the goal of {goal:g} is reached"
+        """Which limit is reached, if any."""
         if self.done >= self.experiments:
             return f"{count(self.done)} done"
         if self.hours_spent >= self.hours:
@@ -68,3 +60,11 @@ class Study:
     agent_limit: float
     limits: Limits
     show: Callable[[Event], None]
+
+    def reached(self) -> str | None:
+        """Which limit or goal is reached, if any; asked before each experiment, and while the
+        driver waits."""
+        goal, best = self.limits.until, self.journal.best_score
+        if goal is not None and best is not None and self.task.gain(best, goal) >= 0:
+            return f"the goal of {goal:g} is reached"
+        return self.limits.reached()

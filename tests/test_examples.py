@@ -19,6 +19,16 @@ def example(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
     return commit_all(Project(root.resolve(), clean_environment(home)))
 
 
+def repository(tmp_path: Path, files: dict[str, str], env: dict[str, str] | None = None) -> Project:
+    """A committed repository of these files, and nothing else."""
+    root, home = tmp_path / "repository", tmp_path / "home"
+    home.mkdir()
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return commit_all(Project(root.resolve(), clean_environment(home) | (env or {})))
+
+
 def drive(project: Project, *args: str, code: int = 0) -> str:
     """Run the driver from outside on a project."""
     command = [sys.executable, str(ROOT / "loop.py"), *args, "-C", str(project.root)]
@@ -143,21 +153,12 @@ esac
 
 def test_many_files(tmp_path: Path) -> None:
     """New, changed, moved and deleted ones, under names that git takes for patterns."""
-    root, home = tmp_path / "many", tmp_path / "home"
-    (root / "src/deep").mkdir(parents=True)
-    home.mkdir()
-    for name, text in {
-        "a.txt": "1\n2\n",
-        "[b].txt": "1\n",
-        "b.txt": "",
-        "deep/c.txt": "1\n",
-    }.items():
-        (root / "src" / name).write_text(text)
-    (root / "autoresearch.toml").write_text(
+    task = (
         'files = ["src/"]\nlower = "size"\n'
         "measure = \"find src -type f -exec cat {} + | wc -l | sed 's/^/size: /'\"\n"
     )
-    project = commit_all(Project(root.resolve(), clean_environment(home)))
+    files = {"src/a.txt": "1\n2\n", "src/[b].txt": "1\n", "src/b.txt": "", "src/deep/c.txt": "1\n"}
+    project = repository(tmp_path, {"autoresearch.toml": task, **files})
     drive(project, "--tag=t", f"--agent={MANY}", "--experiments=5", "--no-report")
     rows = project.rows()
     assert [row["status"] for row in rows] == [
@@ -193,17 +194,14 @@ echo idea
 
 def test_what_is_higher(tmp_path: Path) -> None:
     """Its report too; a guard's nan is no verdict; and `setup`, which has our rights, is what we committed."""
-    root, home = tmp_path / "up", tmp_path / "home"
-    root.mkdir()
-    home.mkdir()
-    (root / "v.txt").write_text("2\n")
-    (root / "setup.sh").write_text("true\n")
-    (root / "autoresearch.toml").write_text(
+    task = (
         'files = ["v.txt", "setup.sh"]\nhigher = "total_seconds"\nsetup = "sh setup.sh"\n'
         "measure = \"cat v.txt | sed 's/^/total_seconds: /'\"\n"
         'guard = "if grep -q 5 v.txt; then echo total_seconds: nan; fi"\n'
     )
-    project = commit_all(Project(root.resolve(), clean_environment(home)))
+    files = {"autoresearch.toml": task, "v.txt": "2\n", "setup.sh": "true\n"}
+    project = repository(tmp_path, files)
+    root, home = project.root, Path(project.env["HOME"])
     (root / ".git/info/exclude").write_bytes(b"secret")  # without an end of line
     said = drive(project, "--tag=t", f"--agent={UP}", "--experiments=3")
     assert "stopped" in said and (root / ".autoresearch/t/report.html").exists()

@@ -22,7 +22,7 @@ DRY = 6  # experiments in a row without a gain, before the prompt asks for anoth
 
 HARNESS = """\
 You edit, and a harness does the rest: it runs, measures, commits, keeps or resets, and logs. Where
-the program below speaks of running, of git, of a results file or of going on for ever, that is its
+the program below speaks of running, of git, of a results file or of looping forever, that is its
 work and not yours."""
 FORMAT = """\
 Edit {what} in the current directory now: one idea, nothing else. Do not run it, do not commit, do

@@ -13,15 +13,6 @@ from autoresearch.task import Arena, Machine, trailer
 
 Verdict = Literal["keep", "discard", "crash"]
 
-
-def as_trailer(name: str) -> str:
-    """
-    >>> as_trailer("val_loss")
-    'Val-loss'
-    """
-    return name[0].upper() + name[1:].replace("_", "-")
-
-
 # Facts with a trailer of their own, and its format; any other is a trailer `Fact-<name>`.
 FACTS = {
     "val_bpb_upstream": ".6f", "sealed_bpb": ".6f", "memory_gb": ".1f", "training_seconds": ".1f",
@@ -30,7 +21,7 @@ FACTS = {
     "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
     "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
 }  # fmt: skip
-OWN = {as_trailer(name): name for name in FACTS}  # by trailer
+OWN = {name[0].upper() + name[1:].replace("_", "-"): name for name in FACTS}  # by trailer
 OLD = "lower val_bpb"  # what older records measure, without a word of it
 SCORE = ("Score", "Val-bpb")  # the trailer, and the one of that
 

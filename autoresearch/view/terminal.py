@@ -169,7 +169,7 @@ def describe_phase(
     number = f"{p.number:04d}"
     match p.name:
         case "preparing":
-            return f"preparing the arena {status.arena}".removesuffix("the arena "), None
+            return preparing(status.arena), None
         case "asking":
             repair = f" for repair {p.turn} of: {p.detail}" if p.turn else ""
             said = f"{duration(elapsed)} of {duration(status.agent_limit)} at most"
@@ -193,6 +193,10 @@ def describe_phase(
             spent = f"; ${status.dollars:.2f} spent" if status.dollars else ""
             return f"stopped: {p.detail}{spent}", None
     return "", None
+
+
+def preparing(arena: str) -> str:
+    return f"preparing the arena {arena}" if arena else "preparing"
 
 
 def table(experiments: Sequence[Experiment]) -> Table:
@@ -249,7 +253,7 @@ def line(event: Event) -> str:
             names = ", ".join(among)
             return f"agent {agent}, the first installed of {names}; --agent takes another"
         case events.Preparing(arena):
-            return f"preparing the arena {arena}" if arena else "preparing"
+            return preparing(arena)
         case events.Started():
             return describe_start(event)
         case events.Asking(number, 0):

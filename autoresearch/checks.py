@@ -394,7 +394,7 @@ def check_committed(checkout: Repo, task: Task) -> None:
         raise UserError("the repository has submodules, which a fresh tree would lack")
     if not any(map(task.may_edit, held)):
         raise UserError(f"files = {task.what} matches no file of the last commit")
-    if task.only_file and (wrong := syntax_error(task.what, checkout.show("HEAD", task.what))):
+    if task.only_file and (wrong := syntax_error(task.what, checkout.show(checkout.resolve("HEAD") or "", task.what))):
         raise UserError(wrong[0])
 
 

@@ -111,6 +111,15 @@ class Edit:
 # --------------------------------------------------------------------------------------------------
 # A run
 
+# Facts with a trailer of their own in the record, and its format; any other is `Fact-<name>`.
+FACTS = {
+    "val_bpb_upstream": ".6f", "sealed_bpb": ".6f", "memory_gb": ".1f", "training_seconds": ".1f",
+    "total_seconds": ".1f", "run_seconds": ".1f", "evaluation_seconds": ".1f",
+    "referee_seconds": ".1f", "tokens_M": ".3f", "steps": ".0f", "tokens_per_second": ".0f",
+    "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
+    "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Run:

@@ -3,11 +3,10 @@
 import json
 import os
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(NamedTuple):
     """Seconds and bytes."""
 
     backoff: float = 60.0  # before the first retry; doubled for each that follows

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import subprocess
-import tomllib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -133,6 +132,8 @@ def as_regex(pattern: str) -> str:
 
 def read_task(root: Path) -> Task:
     """The task of a repository, upstream's where there is none; UserError for a wrong one."""
+    import tomllib  # here, since every run imports this module
+
     for name in FILES:
         try:
             table = tomllib.loads((root / name).read_text(encoding="utf-8"))

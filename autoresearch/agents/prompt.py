@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from autoresearch.files import one_line
-from autoresearch.ideas import Run
-from autoresearch.journal.experiment import FACTS, Experiment, difference, score
+from autoresearch.ideas import FACTS, Run
+from autoresearch.journal.experiment import Experiment, difference, score
 from autoresearch.task import Task
 
 KEPT = 30  # experiments listed as the way to the incumbent: the largest gains and the latest

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ def call(spec: dict[str, Any]) -> dict[str, Any]:
     cwd, stdin, out, err = (Path(spec[name]) for name in ("cwd", "stdin", "out", "err"))
     limits = {"limit": spec["limit"], "politely": True}
     try:
-        return asdict(
-            keep(spec["command"], cwd=cwd, env=os.environ, stdin=stdin, out=out, err=err, **limits)
+        ended = keep(
+            spec["command"], cwd=cwd, env=os.environ, stdin=stdin, out=out, err=err, **limits
         )
+        return ended._asdict()
     except NotStarted as error:
         return {"not_started": str(error)}
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from autoresearch import task
 from autoresearch.files import UserError, one_line, remove, tail
-from autoresearch.ideas import Run
+from autoresearch.ideas import FACTS, Run
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Sandbox, lend
-from autoresearch.journal.experiment import FACTS
 from autoresearch.journal.git import Repo, changed_files, checkout_tree
 from autoresearch.pace import PACE
 from autoresearch.task import Arena, Task, set_up

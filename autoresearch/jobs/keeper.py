@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from autoresearch.files import STOPS, remove, uninterrupted
 from autoresearch.jobs import wait
@@ -24,8 +24,7 @@ from autoresearch.pace import PACE, clock
 PDEATHSIG, SUBREAPER = 1, 36  # linux/prctl.h
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """How a command ended: `code` as subprocess has it, or None and why it was killed.
 
     `paused`: seconds in which the keeper itself was stopped, as in a frozen container or on a

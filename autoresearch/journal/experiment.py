@@ -7,20 +7,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from autoresearch.files import one_line
-from autoresearch.ideas import Usage
+from autoresearch.ideas import FACTS, Usage
 from autoresearch.journal.changes import Change
 from autoresearch.task import Arena, Machine, trailer
 
 Verdict = Literal["keep", "discard", "crash"]
 
-# Facts with a trailer of their own, and its format; any other is a trailer `Fact-<name>`.
-FACTS = {
-    "val_bpb_upstream": ".6f", "sealed_bpb": ".6f", "memory_gb": ".1f", "training_seconds": ".1f",
-    "total_seconds": ".1f", "run_seconds": ".1f", "evaluation_seconds": ".1f",
-    "referee_seconds": ".1f", "tokens_M": ".3f", "steps": ".0f", "tokens_per_second": ".0f",
-    "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
-    "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
-}  # fmt: skip
 OWN = {name[0].upper() + name[1:].replace("_", "-"): name for name in FACTS}  # by trailer
 OLD = "lower val_bpb"  # what older records measure, without a word of it
 SCORE = ("Score", "Val-bpb")  # the trailer, and the one of that

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from autoresearch.files import make_accessible, remove
@@ -22,7 +22,7 @@ KEPT = (
 SETTINGS = {
     "core.hooksPath": "/dev/null", "commit.gpgSign": "false", "core.quotePath": "false",
     "core.fsmonitor": "false", "core.sparseCheckout": "false", "core.splitIndex": "false",
-    "core.fsync": "committed", "gc.auto": "0", "color.ui": "false",
+    "core.fsync": "committed", "gc.auto": "0", "color.ui": "false", "checkout.workers": "4",
 }  # fmt: skip
 OPTIONS = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
 OPTIONS += ["--no-optional-locks", "--no-replace-objects"]
@@ -113,7 +113,7 @@ class Repo:
     def show(self, commit: str, path: str) -> bytes:
         """A file's content in a commit; empty for none."""
         try:
-            return git_bytes(*self.where, "cat-file", "blob", f"{commit}:{path}")
+            return read_blob(self.git_dir, f"{commit}:{path}")
         except GitError:
             return b""
 
@@ -235,6 +235,11 @@ class AgentTree:
     def git(self, *args: str, stdin: bytes = b"") -> str:
         out = tree_git(self.checkout.git_dir, self.path, self.index, *args, stdin=stdin)
         return out.decode(errors="replace")
+
+
+@lru_cache(maxsize=8)  # the incumbent's file is asked for again and again
+def read_blob(git_dir: Path, name: str) -> bytes:
+    return git_bytes(f"--git-dir={git_dir}", "cat-file", "blob", name)
 
 
 def number(cell: str) -> int:

@@ -20,7 +20,15 @@ from typing import Literal
 
 from autoresearch.agents import AGENTS, find_agent
 from autoresearch.agents.agent import Agent
-from autoresearch.files import CODE, UserError, cache, lock_of_device, lock_owner, one_line
+from autoresearch.files import (
+    CODE,
+    UserError,
+    cache,
+    check_room,
+    lock_of_device,
+    lock_owner,
+    one_line,
+)
 from autoresearch.ideas import Run
 from autoresearch.jobs import Job, gpu
 from autoresearch.jobs.job import MANIFEST, Conditions, read_text, run_spec, stamps_of
@@ -29,7 +37,6 @@ from autoresearch.journal.changes import syntax_error
 from autoresearch.journal.experiment import show
 from autoresearch.journal.git import AgentTree, GitError, Repo, run_git
 from autoresearch.journal.journal import REFS, TABLE, Journal, read_history
-from autoresearch.pace import PACE
 from autoresearch.task import Arena, Machine, Task, set_up
 from autoresearch.view.figures import count
 
@@ -233,8 +240,8 @@ def check_measure(setup: Setup) -> str:
         arena = setup.prepare(tree, commit, quietly=True)
         conditions = setup.conditions(commit, arena, task.timeout)
         for number in range(3):
-            never = -task.to_beat(None) if runs else None  # no score is better: no guard again
-            spec = run_spec(conditions, checkout, Path(tmp, "alive"), commit, incumbent=never)
+            alive = Path(tmp, "alive")
+            spec = run_spec(conditions, checkout, alive, commit, guard=number == 0)
             outcome = Job(Path(tmp, str(number)), spec, os.environ).result() or {}
             run = Run(**outcome["run"]) if "run" in outcome else Run(crash="its job is lost")
             if run.score is None:
@@ -350,12 +357,6 @@ def check_prices(agent: Agent, options: argparse.Namespace) -> None:
     raise UserError(f"--dollars: {agent.name} does not say what a call costs: {cure}", 2)
 
 
-def check_room(folder: Path) -> None:
-    if (free := shutil.disk_usage(folder).free) < 2 * PACE.min_free:
-        short = f"only {free // 1_000_000} MB are free on the disk of {folder}"
-        raise UserError(f"{short}: make room for 1 GB at least")
-
-
 def check_tag(checkout: Repo, tag: str) -> None:
     branch = f"refs/heads/autoresearch/{tag}"
     check_name(checkout, tag)
@@ -394,7 +395,9 @@ def check_committed(checkout: Repo, task: Task) -> None:
         raise UserError("the repository has submodules, which a fresh tree would lack")
     if not any(map(task.may_edit, held)):
         raise UserError(f"files = {task.what} matches no file of the last commit")
-    if task.only_file and (wrong := syntax_error(task.what, checkout.show(checkout.resolve("HEAD") or "", task.what))):
+    if task.only_file and (
+        wrong := syntax_error(task.what, checkout.show(checkout.resolve("HEAD") or "", task.what))
+    ):
         raise UserError(wrong[0])
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from autoresearch import checks
 from autoresearch.agents import AGENTS, prompt
+from autoresearch.desk import Desk
 from autoresearch.files import (
     CODE,
     STOPS,
@@ -39,7 +40,9 @@ from autoresearch.view import events
 from autoresearch.view.status import NOW, facts, load
 from autoresearch.view.terminal import Display, standing
 
-Research = Callable[[Study], str]  # runs experiments until a limit is reached, and returns which
+Research = Callable[
+    [Study, Desk], str
+]  # runs experiments until a limit is reached, and returns which
 Add = Callable[..., Any]  # an ArgumentParser's add_argument
 
 # --------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
                 study.task.network,
             )
         )
-        ended = research(study)
+        ended = research(study, Desk(study))
         code = 0
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"

@@ -3,15 +3,18 @@
 import os
 import re
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta
+from statistics import mean
 from typing import Any
 
-from autoresearch.agents.call import AgentCall, ask
-from autoresearch.files import UserError, tail
-from autoresearch.ideas import Busy, Edit, Idea, Reply, Run, Trouble
+from autoresearch.agents.call import AgentCall, ask, spent_on
+from autoresearch.files import UserError, check_room, tail
+from autoresearch.ideas import Busy, Edit, Idea, Reply, Run, Trouble, Usage
 from autoresearch.jobs import LOG, Job, gpu
 from autoresearch.jobs.job import run_spec
-from autoresearch.journal.changes import source_of, syntax_error
+from autoresearch.journal.changes import Change, describe_edit, source_of, syntax_error
+from autoresearch.journal.experiment import Experiment, Verdict
 from autoresearch.pace import PACE, clock
 from autoresearch.study import Study
 from autoresearch.task import MAX_FILE
@@ -21,106 +24,201 @@ RUNS = 3  # of a commit, where no fault of the program ends one
 GUARDING = re.compile(r"^guarding (\S+)$", re.MULTILINE)  # in the log of a job
 
 
-def propose(study: Study, idea: Idea, request: str, turn: int = 0) -> Edit:
-    """Call the agent once, in a tree of the idea's commit, and make its edit a commit on the idea's
-    base."""
-    task, journal, tree, before = study.task, study.journal, study.tree, idea.edit.commit
-    tree.hand_out(before)
-    study.show(events.Asking(idea.number, turn, idea.run.crash))
-    env = {
-        "AUTORESEARCH_TAG": journal.tag,
-        "AUTORESEARCH_EXPERIMENT": idea.folder.name,
-        "AUTORESEARCH_ATTEMPT": str(turn),
-        "AUTORESEARCH_SEED": str(study.conditions.seed),
-        "GIT_CEILING_DIRECTORIES": str(tree.path.parent),  # or git finds the person's repository
-    }
-    limit = study.agent_limit
-    call = AgentCall(task, tree.path, idea.base, idea.folder, env, limit, journal.alive)
-    reply = ask(study.agent, request, call)
-    study.limits.paid += reply.usage.cost_usd or 0.0
-    edit = read_edit(study, reply, idea.base, before)
-    tree.discard()
-    return edit
+class Desk:
+    """Where the ideas of a study lie until they are settled: everything that takes time, and
+    everything that git and the disk have to say of them."""
 
+    def __init__(self, study: Study):
+        self.study = study
 
-def read_edit(study: Study, reply: Reply, base: str, before: str) -> Edit:
-    """What git says of the agent's tree, which was handed out as `before`. What may be edited
-    becomes a commit on `base`."""
-    task, tree = study.task, study.tree
-    paths = tuple(tree.changed())
-    foreign = tuple(path for path in paths if not task.may_edit(path))
-    files = {path: tree.read(path) for path in paths if path not in foreign}
-    lost = [path for path, text in files.items() if text is None]
-    lost = [path for path in lost if path in task.files or tree.has(path)]  # the others are deleted
-    commit, usable = before, files.keys() - {*lost}
-    if usable:
-        commit = tree.commit(reply.subject() + "\n", base, usable)
-    lines = study.checkout.lines_changed(base, commit)
-    faults = (syntax_error(path, text) for path, text in files.items() if text is not None)
-    fault = next(filter(None, faults), None)
-    if lost:
-        fault = f"{lost[0]} is gone, no plain file, or longer than {MAX_FILE // 1_000_000} MB", ""
-    runs = paths and not foreign and not fault
-    source = source_of(study.checkout, task, commit) if runs else ""
-    same = study.journal.tried.get(source) if source else None
-    return Edit(reply, paths, commit, foreign, lines, source, fault, same)
+    def new_idea(self) -> Idea:
+        """An idea that starts from the incumbent, at first its program unchanged."""
+        journal, number = self.study.journal, self.study.journal.next_number
+        folder = journal.folder / f"{number:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        check_room(folder)
+        unchanged = Edit(Reply("", "", Usage(0.0)), (), journal.base)
+        return Idea(number, folder, journal.base, self.program(), unchanged)
 
+    def baseline(self) -> Idea:
+        """What the person committed, as an empty commit."""
+        idea, checkout = self.new_idea(), self.study.checkout
+        commit = checkout.commit_tree("baseline\n", f"{idea.base}^{{tree}}", idea.base)
+        source = source_of(checkout, self.study.task, commit)
+        idea.edit = Edit(Reply("baseline", "", Usage(0.0)), (), commit, source=source)
+        return idea
 
-def measure(study: Study, idea: Idea) -> Run:
-    """Run an idea's commit as a job. A job that is lost, or that stood still with the machine, says
-    nothing of the program, and runs again."""
-    journal, edit = study.journal, idea.edit
-    spec = run_spec(
-        study.conditions, study.checkout, journal.alive, edit.commit, study.machine.card,
-        edit.added - edit.removed, journal.incumbent_score, journal.best_score,
-    )  # fmt: skip
-    for _ in range(RUNS):
-        wait_for_gpu(study)
-        study.show(events.Training(idea.number, edit.reply.subject()))
-        outcome = wait_for_job(study, Job(idea.folder, spec, os.environ))
-        if outcome and not outcome.get("void"):
-            break
-    else:
-        lost = f"{RUNS} runs in a row were lost, or stood still with the machine"
-        raise UserError(f"{lost}: see {idea.folder / LOG}")
-    if trouble := outcome.get("trouble"):
-        raise UserError(trouble)
-    stamps = study.conditions.stamps
-    stamps.clear()
-    stamps.update(outcome["stamps"])
-    return Run(**outcome["run"])
+    def program(self) -> str:
+        """program.md as it is now, or as committed while an editor replaces it."""
+        checkout, base = self.study.checkout, self.study.journal.base
+        text = tail(checkout.tree / "program.md", MAX_FILE)
+        return text or checkout.show(base, "program.md").decode(errors="replace")
 
+    # --- an agent's call
 
-def wait_for_job(study: Study, job: Job) -> dict[str, Any] | None:
-    """Wait for a run, and show when the guard has its turn."""
-    claimed = None
-    try:
-        while not job.wait(0.2):
-            if not claimed and (claimed := GUARDING.search(tail(job.folder / LOG))):
-                event = events.Refereeing(study.journal.next_number, float(claimed[1]))
-                study.show(event)
-    finally:
-        job.stop()
-    return job.outcome()
+    def propose(self, idea: Idea, request: str, turn: int = 0) -> Edit:
+        """Call the agent once, in a tree of the idea's commit, and make its edit a commit on the
+        idea's base."""
+        study, tree, before = self.study, self.study.tree, idea.edit.commit
+        tree.hand_out(before)
+        study.show(events.Asking(idea.number, turn, idea.run.crash))
+        env = {
+            "AUTORESEARCH_TAG": study.journal.tag,
+            "AUTORESEARCH_EXPERIMENT": idea.folder.name,
+            "AUTORESEARCH_ATTEMPT": str(turn),
+            "AUTORESEARCH_SEED": str(study.conditions.seed),
+            "GIT_CEILING_DIRECTORIES": str(tree.path.parent),  # or git finds the person's
+        }
+        alive, limit = study.journal.alive, study.agent_limit
+        call = AgentCall(study.task, tree.path, idea.base, idea.folder, env, limit, alive)
+        reply = ask(study.agent, request, call)
+        study.limits.paid += reply.usage.cost_usd or 0.0
+        edit = self.read_edit(reply, idea.base, before)
+        tree.discard()
+        return edit
 
+    def read_edit(self, reply: Reply, base: str, before: str) -> Edit:
+        """What git says of the agent's tree, which was handed out as `before`. What may be edited
+        becomes a commit on `base`."""
+        task, tree, checkout = self.study.task, self.study.tree, self.study.checkout
+        paths = tuple(tree.changed())
+        foreign = tuple(path for path in paths if not task.may_edit(path))
+        files = {path: tree.read(path) for path in paths if path not in foreign}
+        lost = [path for path, text in files.items() if text is None]
+        lost = [path for path in lost if path in task.files or tree.has(path)]  # others are deleted
+        commit, usable = before, files.keys() - {*lost}
+        if usable:
+            commit = tree.commit(reply.subject() + "\n", base, usable)
+        lines = checkout.lines_changed(base, commit)
+        faults = (syntax_error(path, text) for path, text in files.items() if text is not None)
+        fault = next(filter(None, faults), None)
+        if lost:
+            fault = f"{lost[0]} is gone, no plain file, or longer than {MAX_FILE // 10**6} MB", ""
+        runs = paths and not foreign and not fault
+        source = source_of(checkout, task, commit) if runs else ""
+        same = self.study.journal.tried.get(source) if source else None
+        return Edit(reply, paths, commit, foreign, lines, source, fault, same)
 
-def wait_for_gpu(study: Study) -> None:
-    """Wait while other programs use the GPU, and until it has its memory back from killed ones."""
-    pauses = 0
-    while users := gpu.users(study.machine, study.idle):
-        if study.reached():
-            raise UserError(users)
-        pauses += 1
-        pause(study, Busy(users), pauses)
+    # --- a run
 
+    def measure(self, idea: Idea) -> Run:
+        """Run an idea's commit; where scores drift with the machine, the incumbent beside it."""
+        duels = self.study.task.duels if self.study.journal.kept else 0
+        return self.duel(idea, duels) if duels else self.run(idea, idea.edit.commit)
 
-def pause(study: Study, trouble: Trouble, count: int) -> None:
-    """Wait until the time that the trouble names, longer each time, but not beyond a limit."""
-    now = datetime.now().astimezone()
-    seconds = min(PACE.backoff * 2 ** min(count - 1, 20), PACE.max_backoff)
-    if isinstance(trouble, Busy) and trouble.until:
-        seconds = max(seconds, (trouble.until - now).total_seconds())
-    study.show(events.Waiting(trouble.why, now + timedelta(seconds=seconds)))
-    end = clock() + seconds
-    while (left := end - clock()) > 0 and not study.reached():
-        time.sleep(min(left, 1.0))
+    def duel(self, idea: Idea, count: int) -> Run:
+        """Run an idea and the incumbent in turns, in the same minutes; the first duel that is lost
+        ends it. Returns the idea's last run, with the mean scores of both."""
+        mine, theirs, seconds = idea.edit.commit, idea.base, 0.0
+        scores: dict[str, list[float]] = {mine: [], theirs: []}
+        task, won = self.study.task, 0
+        for number in range(count):
+            last = number == count - 1
+            # each goes first in turn; in the last duel the guard needs the other's score
+            for commit in (theirs, mine) if last or number % 2 else (mine, theirs):
+                beat = scores[theirs][-1] if last and commit == mine else None
+                run = self.run(idea, commit, beat, guard=last and commit == mine)
+                seconds += run.facts["run_seconds"]
+                if run.score is None and commit == theirs:
+                    raise UserError(f"the incumbent crashed in a duel: {run.crash}")
+                if commit == mine:
+                    found = run
+                if run.score is None:
+                    return replace(run, facts={**run.facts, "run_seconds": seconds})
+                scores[commit].append(run.score)
+            if task.gain(scores[mine][-1], scores[theirs][-1]) <= task.tie:
+                break
+            won += 1
+        facts = {**found.facts, "run_seconds": seconds, "duels_won": float(won)}
+        return replace(found, score=mean(scores[mine]), rival=mean(scores[theirs]), facts=facts)
+
+    def run(self, idea: Idea, commit: str, beat: float | None = None, guard: bool = True) -> Run:
+        """Run a commit as a job. A job that is lost, or that stood still with the machine, says
+        nothing of the program, and runs again. `beat`: a score in the place of the incumbent's."""
+        study, edit = self.study, idea.edit
+        incumbent = study.journal.incumbent_score if beat is None else beat
+        best, lines = study.journal.best_score if beat is None else beat, edit.added - edit.removed
+        spec = run_spec(
+            study.conditions, study.checkout, study.journal.alive, commit, study.machine.card,
+            lines, incumbent, best, guard,
+        )  # fmt: skip
+        for _ in range(RUNS):
+            self.wait_for_gpu()
+            study.show(events.Training(idea.number, edit.reply.subject()))
+            outcome = self.wait_for(Job(idea.folder, spec, os.environ))
+            if outcome and not outcome.get("void"):
+                break
+        else:
+            lost = f"{RUNS} runs in a row were lost, or stood still with the machine"
+            raise UserError(f"{lost}: see {idea.folder / LOG}")
+        if trouble := outcome.get("trouble"):
+            raise UserError(trouble)
+        stamps = study.conditions.stamps
+        stamps.clear()
+        stamps.update(outcome["stamps"])
+        return Run(**outcome["run"])
+
+    def wait_for(self, job: Job) -> dict[str, Any] | None:
+        """Wait for a run, and show when the guard has its turn."""
+        claimed = None
+        try:
+            while not job.wait(0.2):
+                if not claimed and (claimed := GUARDING.search(tail(job.folder / LOG))):
+                    number, score = self.study.journal.next_number, float(claimed[1])
+                    self.study.show(events.Refereeing(number, score))
+        finally:
+            job.stop()
+        return job.outcome()
+
+    def wait_for_gpu(self) -> None:
+        """Wait while other programs use the GPU, and until it has its memory back from killed
+        ones."""
+        pauses = 0
+        while users := gpu.users(self.study.machine, self.study.idle):
+            if self.study.reached():
+                raise UserError(users)
+            pauses += 1
+            self.pause(Busy(users), pauses)
+
+    def pause(self, trouble: Trouble, count: int) -> None:
+        """Wait until the time that the trouble names, longer each time, but not beyond a limit."""
+        now = datetime.now().astimezone()
+        seconds = min(PACE.backoff * 2 ** min(count - 1, 20), PACE.max_backoff)
+        if isinstance(trouble, Busy) and trouble.until:
+            seconds = max(seconds, (trouble.until - now).total_seconds())
+        self.study.show(events.Waiting(trouble.why, now + timedelta(seconds=seconds)))
+        end = clock() + seconds
+        while (left := end - clock()) > 0 and not self.study.reached():
+            time.sleep(min(left, 1.0))
+
+    # --- the end of it
+
+    def write_up(self, idea: Idea, verdict: Verdict) -> Experiment:
+        """The record of a finished idea."""
+        study, journal, edit, run = self.study, self.study.journal, idea.edit, idea.run
+        words = describe_edit(study.checkout, idea.base, edit.commit, edit.lines)
+        rate = {"gpu_usd_per_hour": study.limits.gpu_rate} if study.limits.gpu_rate else {}
+        seed = study.conditions.seed
+        return Experiment(
+            goal=study.task.goal,
+            task=journal.store(study.task.text),
+            number=idea.number,
+            verdict=verdict,
+            description=edit.reply.subject(words),
+            reason=edit.reply.reason,
+            scores={} if run.score is None else {seed: run.score},
+            incumbent=journal.incumbent_score if run.rival is None else run.rival,
+            crash=run.crash,
+            facts={**run.facts, **rate},
+            curve=run.curve,
+            change=Change(words, edit.source, edit.added, edit.removed),
+            repairs=idea.repairs,
+            agent=study.agent.name,
+            usage=spent_on(idea.folder, idea.base),
+            seed=seed,
+            arena=study.conditions.arena,
+            machine=study.machine,
+            program=journal.store(idea.program),
+            tag=journal.tag,
+            finished=journal.now(),
+        )

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from autoresearch.pace import PACE
+
 CODE = Path(__file__).resolve().parent.parent  # where `autoresearch` is imported from
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # end the driver
 
@@ -67,6 +69,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def check_room(folder: Path) -> None:
+    """UserError where a disk has no room for an experiment and its record."""
+    if (free := shutil.disk_usage(folder).free) < 2 * PACE.min_free:
+        short = f"only {free // 1_000_000} MB are free on the disk of {folder}"
+        raise UserError(f"{short}: make room for 1 GB at least")
 
 
 def tail(path: Path, size: int = 4000) -> str:

@@ -126,10 +126,12 @@ class Run:
     """One execution of a commit: its score, or in a line why it has none.
 
     `repairable`: its agent may mend it. `log` is the end of what it printed, `curve` the loss along
-    the way, `facts` are all other numbers, by the names that they have in the record.
+    the way, `facts` are all other numbers, by the names that they have in the record. `rival`: the
+    incumbent's score, where it ran beside this one.
     """
 
     score: float | None = None
+    rival: float | None = None
     crash: str = ""
     repairable: bool = False
     log: str = ""

@@ -6,7 +6,7 @@ import math
 import re
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,6 @@ from typing import Any
 from autoresearch.files import UserError, one_line
 
 FILES = ("autoresearch.toml", "pyproject.toml")  # where a task stands, the first that is there
-KEYS = (
-    "files", "measure", "lower", "higher", "guard", "setup", "noise", "timeout", "network", "env",
-    "gpu",
-)  # fmt: skip
 # Of results.tsv; the metric's own column is the second
 COLUMNS = (
     "commit", "memory_gb", "status", "description", "tag", "experiment", "minutes", "cost_usd",
@@ -41,8 +37,9 @@ def trailer(name: str, form: str = "s", **default: Any) -> Any:
 class Task:
     """What is improved and how it is measured. The defaults are those of the keys in TOML.
 
-    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `timeout` is
-    in seconds, `noise` the standard deviation of one gain, in units of the metric.
+    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `duels`: how
+    often an edit has to beat the incumbent side by side. `noise`: the standard deviation of one
+    gain, in units of the metric; `timeout` is in seconds.
     """
 
     files: tuple[str, ...]
@@ -51,6 +48,7 @@ class Task:
     higher: bool = False
     guard: str = ""
     setup: str = ""
+    duels: int = 0
     noise: float = 0.0
     timeout: float = 600.0
     network: bool = False
@@ -150,21 +148,26 @@ def read_task(root: Path) -> Task:
     return make_task(UPSTREAM, "the usual task")
 
 
-KINDS: dict[str, type] = {"files": list, "env": list, "network": bool, "gpu": bool}
-NUMBERS = ("noise", "timeout")
+def is_of(kind: Any, value: Any) -> bool:
+    """Whether a value of TOML fits a field of Task."""
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    if kind in (str, bool):
+        return isinstance(value, kind)
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def make_task(table: dict[str, Any], where: str) -> Task:
     """A task from its keys; UserError names what is wrong with them."""
-    if unknown := [key for key in table if key not in KEYS]:
-        known = ", ".join((*KEYS, "prices"))
-        raise UserError(f"{where}: unknown key {unknown[0]}; the keys are {known}")
+    own = {f.name: f.type for f in fields(Task) if f.name not in ("metric", "higher")}
+    kinds = {"files": own.pop("files"), "measure": str, "lower": str, "higher": str, **own}
     for key, value in table.items():
-        kind = (int, float) if key in NUMBERS else KINDS.get(key, str)
-        words = all(isinstance(item, str) for item in value) if isinstance(value, list) else True
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not words:
+        if key not in kinds:
+            known = ", ".join([*kinds, "prices"])
+            raise UserError(f"{where}: unknown key {key}; the keys are {known}")
+        if not is_of(kinds[key], value):
             raise UserError(f"{where}: {key} = {value!r} is of the wrong kind")
-        if key in NUMBERS and not 0 <= table[key] < math.inf:
+        if kinds[key] in (int, float) and not 0 <= value < math.inf:
             raise UserError(f"{where}: {key} = {value!r} is no number of 0 or more")
     if table.get("timeout") == 0:
         raise UserError(f"{where}: timeout = 0 leaves no time")

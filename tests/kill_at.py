@@ -22,7 +22,7 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "tree": (git.AgentTree, "hand_out", 0),
     "agent": (desk, "ask", 1),
     "commit": (git.AgentTree, "commit", 1),
-    "run": (loop, "measure", 0),
+    "run": (desk.Desk, "measure", 0),
     "verdict": (loop, "judge", 0),
     "record": (journal.Journal, "record", 0),
     "refs": (git.Repo, "update_refs", -1),

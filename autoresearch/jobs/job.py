@@ -26,7 +26,9 @@ MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in the folder of an experiment
 PAUSED = 0.02  # of the budget: a run that stood still for less is believed
 # Numbers that the record has by another name
 RECORDED = {"total_tokens_M": "tokens_M", "num_steps": "steps", "num_params_M": "parameters_M"}
-OURS = re.compile(r"(run|referee)_seconds|(gpu|sealed|guard)_?\w*|tokens_per_second|memory_gb")
+OURS = re.compile(
+    r"(run|referee)_seconds|duels_won|(gpu|sealed|guard)_?\w*|tokens_per_second|memory_gb"
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ def run_spec(
     lines: int = 0,
     incumbent: float | None = None,
     best: float | None = None,
+    guard: bool = True,
 ) -> dict[str, Any]:
-    """The job.json of a run: what it measures, where, and what it has to beat."""
+    """The job.json of a run: what it measures, where, what it has to beat, and whether the guard
+    looks at it if it does."""
     return {
         "kind": "run",
         "alive": alive,
@@ -77,6 +81,7 @@ def run_spec(
         "lines": lines,
         "incumbent": incumbent,
         "best": incumbent if best is None else best,
+        "guard": guard and bool(conditions.task.guard),
     }
 
 
@@ -110,7 +115,7 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         if altered := job.altered():
             crash = f"changed files while it ran: {', '.join(altered)}"
             found = Run(crash=crash, repairable=True, facts=seconds_of(found))
-        elif job.task.guard and job.task.is_better(found.score, lines, incumbent, best):
+        elif spec["guard"] and job.task.is_better(found.score, lines, incumbent, best):
             print(f"guarding {found.score}", flush=True)  # read by the driver, for the view
             found = job.guard(found)
     except UserError as error:

@@ -81,8 +81,11 @@ def better_by(e: Experiment, score: float, than: float) -> float:
 
 
 def best_of(experiments: Sequence[Experiment]) -> Experiment | None:
-    """The one with the best score, the first of equals."""
+    """The one with the best score, the first of equals; of those that won duels, whose scores drift
+    with the machine, the last."""
     scored = [e for e in experiments if e.score is not None]
+    if scored and "duels_won" in scored[-1].facts:
+        return scored[-1]
     return max(scored, key=lambda e: better_by(e, e.score or 0.0, 0.0), default=None)
 
 

@@ -20,28 +20,12 @@ PROGRAMS = "refs/autoresearch-program"  # every program.md and every task that w
 History = list[tuple[str, Experiment]]  # (commit, experiment), oldest first
 
 
-class Journal:
-    """One tag: its history, which `reconcile` reads first, its branch, its folder."""
+class Record:
+    """What a study has found so far, in the order of the verdicts, and what follows from that."""
 
-    def __init__(self, checkout: Repo, tag: str, task: Task):
-        self.checkout = checkout
-        self.tag = tag
-        self.task = task
-        self.branch = f"autoresearch/{tag}"
-        self.folder = runs_of(checkout.tree) / tag
-        self.lock = self.folder / LOCK
-        self.alive = self.folder / "alive"  # the lock that every job of the tag shares
-        self.table = checkout.tree / TABLE
+    def __init__(self, start: str):
+        self.start = start  # the commit that the baseline is made of
         self.history: History = []
-        self.blobs: dict[str, str] = {}  # of the texts that were stored
-
-    @property
-    def header(self) -> str:
-        first, *others = COLUMNS
-        return "\t".join([first, self.task.metric, *others]) + "\n"
-
-    def is_new(self) -> bool:
-        return not self.checkout.refs(f"{REFS}/{self.tag}")
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -64,11 +48,8 @@ class Journal:
 
     @property
     def base(self) -> str:
-        """The commit that the next experiment starts from: the last one kept, or the user's
-        HEAD."""
-        commit = self.kept[-1][0] if self.kept else self.checkout.resolve("HEAD")
-        assert commit
-        return commit
+        """The commit that the next experiment starts from: the last one kept, or the start."""
+        return self.kept[-1][0] if self.kept else self.start
 
     @property
     def incumbent_score(self) -> float | None:
@@ -91,6 +72,30 @@ class Journal:
             last = datetime.fromisoformat(self.history[-1][1].finished)
             time = max(time, last + timedelta(microseconds=1))
         return time.isoformat(timespec="microseconds")
+
+
+class Journal(Record):
+    """The record of one tag, which `reconcile` reads first, its branch, its folder."""
+
+    def __init__(self, checkout: Repo, tag: str, task: Task):
+        super().__init__(checkout.resolve("HEAD") or "")
+        self.checkout = checkout
+        self.tag = tag
+        self.task = task
+        self.branch = f"autoresearch/{tag}"
+        self.folder = runs_of(checkout.tree) / tag
+        self.lock = self.folder / LOCK
+        self.alive = self.folder / "alive"  # the lock that every job of the tag shares
+        self.table = checkout.tree / TABLE
+        self.blobs: dict[str, str] = {}  # of the texts that were stored
+
+    @property
+    def header(self) -> str:
+        first, *others = COLUMNS
+        return "\t".join([first, self.task.metric, *others]) + "\n"
+
+    def is_new(self) -> bool:
+        return not self.checkout.refs(f"{REFS}/{self.tag}")
 
     def store(self, text: str) -> str:
         """The blob of a text, a program.md or a task."""

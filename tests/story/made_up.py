@@ -1,0 +1,188 @@
+"""A made-up agent and engine: whole nights in memory, in milliseconds. What is real is the loop and its rule."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from autoresearch.ideas import Busy, Edit, Failed, Hopeless, Idea, Reply, Run, Trouble, Usage
+from autoresearch.journal.changes import Change
+from autoresearch.journal.experiment import Experiment, Verdict
+from autoresearch.journal.journal import History, Record
+from autoresearch.study import Limits, Study
+from autoresearch.task import Arena, Machine, Task
+
+TASK = Task(("train.py",), "python train.py", "loss", noise=0.01)
+# What an agent's call may bring, and how often
+KINDS = {
+    "idea": 60, "crash": 10, "fault": 5, "foreign": 3, "nothing": 6, "repeat": 6, "failed": 4,
+    "busy": 3, "hopeless": 2, "cut short": 1,
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """The driver, at any instant: no `except Exception` sees it."""
+
+
+@dataclass
+class World:
+    """What outlives a driver. `plan`: what the next calls bring; after it, chance decides."""
+
+    seed: int = 0
+    plan: list[str] = field(default_factory=list)
+    kill_at: int = -1  # the instant, counted from the driver's start
+    full_at: int = -1  # the instant at which the disk is full
+    instant: int = 0
+    refs: dict[int, tuple[str, str, Experiment]] = field(default_factory=dict)  # parent, commit
+    rows: list[int] = field(default_factory=list)
+    tip: str = "start"
+    truth: dict[str, float] = field(
+        default_factory=lambda: {"start": 1.0}
+    )  # by commit; nan crashes
+    requests: list[str] = field(default_factory=list)
+    pauses: list[tuple[Trouble, int]] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+
+    def at(self) -> None:
+        """An instant at which the driver may die."""
+        self.instant += 1
+        if self.instant == self.kill_at:
+            raise Killed
+        if self.instant == self.full_at:
+            raise OSError("no space left")
+
+    def study(self, task: Task = TASK, **limits: Any) -> tuple[Study, "MadeUpDesk"]:
+        """A driver that has just started, and read the record."""
+        self.instant = 0
+        journal: Any = MadeUpJournal(self)
+        journal.reconcile()
+        conditions: Any = SimpleNamespace(seed=42, arena=Arena())
+        agent: Any = SimpleNamespace(name="made-up")
+        nothing: Any = None
+        study = Study(
+            task, nothing, journal, nothing, conditions, Machine(), 0, agent, 900.0, Limits(**limits),
+            self.events.append,
+        )  # fmt: skip
+        return study, MadeUpDesk(self, study)
+
+
+class MadeUpJournal(Record):
+    """As the journal of git: the ref is the truth, the row follows, the next start mends."""
+
+    def __init__(self, world: World):
+        super().__init__("start")
+        self.world = world
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+    def record(self, experiment: Experiment, parent: str, commit: str) -> str:
+        world = self.world
+        final = f"final {experiment.number}"
+        world.truth[final] = world.truth[commit]
+        world.at()
+        assert experiment.number not in world.refs
+        world.refs[experiment.number] = parent, final, experiment
+        world.tip = final if experiment.verdict == "keep" else world.tip
+        world.at()
+        world.rows.append(experiment.number)
+        self.history.append((final, experiment))
+        world.at()
+        return final
+
+    def reconcile(self) -> None:
+        refs = sorted(self.world.refs.items())
+        self.history: History = [(commit, e) for _, (_, commit, e) in refs]
+        self.world.rows = [number for number, _ in refs]
+
+
+class MadeUpDesk:
+    def __init__(self, world: World, study: Study):
+        self.world = world
+        self.study = study
+
+    def new_idea(self) -> Idea:
+        self.world.at()
+        journal = self.study.journal
+        unchanged = Edit(Reply("", "", Usage(0.0)), (), journal.base)
+        return Idea(journal.next_number, Path("folder"), journal.base, "Be bold.", unchanged)
+
+    def baseline(self) -> Idea:
+        idea = self.new_idea()
+        idea.edit = replace(idea.edit, reply=Reply("baseline", "", Usage(0.0)), source="start")
+        return idea
+
+    def propose(self, idea: Idea, request: str, turn: int = 0) -> Edit:
+        world = self.world
+        world.at()
+        world.requests.append(request)
+        kind = (
+            world.plan.pop(0) if world.plan else world.rng.choices([*KINDS], [*KINDS.values()])[0]
+        )
+        reply, lines = Reply(kind, "", Usage(1.0)), {"train.py": (world.rng.randrange(4), 1)}
+        trouble = {
+            "failed": Failed("a fruit"),
+            "busy": Busy("asleep"),
+            "hopeless": Hopeless("no key"),
+        }
+        if kind in trouble:
+            return Edit(replace(reply, trouble=trouble[kind]), (), idea.edit.commit)
+        if kind == "nothing":
+            return Edit(reply, (), idea.edit.commit)
+        commit, parent = f"commit {len(world.requests)}", world.truth[idea.base]
+        world.truth[commit] = float("nan") if kind == "crash" else parent + world.rng.gauss(0, 0.02)
+        edit = Edit(reply, ("train.py",), commit, (), lines, source=commit)
+        if kind == "repeat":
+            earlier = world.rng.choice(self.study.journal.experiments)
+            return replace(edit, source=earlier.change.source, duplicate_of=earlier)
+        if kind == "cut short":
+            return replace(edit, reply=replace(reply, trouble=Busy("asleep"), cut_short=True))
+        if kind == "foreign":
+            return replace(edit, foreign=("prepare.py",), source="")
+        return replace(edit, fault=("SyntaxError", "line"), source="") if kind == "fault" else edit
+
+    def measure(self, idea: Idea) -> Run:
+        world, journal, edit = self.world, self.study.journal, idea.edit
+        world.at()
+        assert idea.base == journal.base, "an idea runs on the incumbent"
+        assert not edit.foreign and not edit.fault, "what may not run does not run"
+        assert idea.number == 0 or edit.source not in journal.tried, "no program runs twice"
+        truth = world.truth[edit.commit]
+        if truth != truth:
+            return Run(crash="it crashed", repairable=True, facts={"run_seconds": 1.0})
+        return Run(truth + world.rng.gauss(0, 0.005), facts={"run_seconds": 1.0})
+
+    def pause(self, trouble: Trouble, count: int) -> None:
+        with suppress(OSError):  # waiting needs no disk
+            self.world.at()
+        self.world.pauses.append((trouble, count))
+
+    def write_up(self, idea: Idea, verdict: Verdict) -> Experiment:
+        edit, run, journal = idea.edit, idea.run, self.study.journal
+        return Experiment(
+            number=idea.number,
+            verdict=verdict,
+            description=edit.reply.description,
+            reason="",
+            scores={} if run.score is None else {42: run.score},
+            incumbent=journal.incumbent_score,
+            crash=run.crash,
+            change=Change("", edit.source, edit.added, edit.removed),
+            repairs=idea.repairs,
+            agent="made-up",
+            usage=edit.reply.usage,
+            seed=42,
+            arena=Arena(),
+            machine=Machine(),
+            program="",
+            goal=self.study.task.goal,
+            tag="t",
+            finished=journal.now(),
+        )

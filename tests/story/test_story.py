@@ -1,0 +1,160 @@
+"""The story: the real loop with a made-up agent and engine, and what must hold of every night."""
+
+import pytest
+from made_up import TASK, Killed, World
+
+import loop
+from autoresearch.files import UserError
+from autoresearch.ideas import Busy, Hopeless
+from autoresearch.task import Task
+
+
+def night(world: World, task: Task = TASK, **limits: float) -> str:
+    """A driver from its start to its end; how it ended."""
+    study, desk = world.study(task, **limits)
+    try:
+        return loop.research(study, desk)  # type: ignore[arg-type]
+    except UserError as error:
+        return f"error: {error}"
+    finally:
+        check(world)
+
+
+def check(world: World) -> None:
+    """What holds at every instant, also when the driver has just died."""
+    incumbent, best, tip, sources = None, None, "start", set()
+    assert sorted(world.refs) == list(range(len(world.refs))), "a number is the order of verdicts"
+    assert world.rows == sorted(world.refs)[: len(world.rows)], "a row follows its ref"
+    for number, (parent, commit, e) in sorted(world.refs.items()):
+        assert parent == tip, "kept commits are one straight line, and each experiment is on it"
+        assert (e.verdict == "crash") == (e.score is None) == bool(e.crash)
+        assert e.repairs <= loop.REPAIRS
+        better = TASK.is_better(e.score, e.change.lines, incumbent, best)
+        assert (e.verdict == "keep") == better, number
+        if e.score is not None:
+            assert e.change.source not in sources, "no program runs twice"
+            sources.add(e.change.source)
+        if better:
+            tip, incumbent = commit, e.score
+            best = e.score if best is None or e.score is None else min(best, e.score)
+    assert world.tip == tip
+
+
+def verdicts(world: World) -> list[str]:
+    return [e.verdict for _, _, e in world.refs.values()]
+
+
+def test_nights_by_chance() -> None:
+    ends = set()
+    for seed in range(150):
+        world = World(seed)
+        said = night(world, experiments=12)
+        assert said == "12 experiments done" or said.startswith("error: made-up: no key")
+        assert len(world.refs) == 13 or "no key" in said
+        ends.add(said)
+    assert len(ends) == 2
+
+
+def test_killed_at_any_instant() -> None:
+    """Nothing that was finished is lost, and nothing is there twice; the next driver goes on."""
+    for seed in range(150):
+        world = World(seed, plan=["idea"])
+        lives, finished = 0, 0
+        while len(world.refs) < 10 and lives < 100:
+            world.kill_at = world.rng.randrange(1, 30)
+            try:
+                night(world, experiments=10 - len(world.refs))
+            except Killed:
+                lives += 1
+            assert len(world.refs) >= finished
+            finished = len(world.refs)
+        world.kill_at = -1
+        world.plan = ["idea"]
+        assert night(world, experiments=1) == "1 experiment done"
+        assert world.rows == sorted(world.refs) and lives
+
+
+def test_a_full_disk_at_any_instant() -> None:
+    """Once something was achieved it is waited out, and what has a ref is finished."""
+    for instant in range(12, 26):  # after the first experiment
+        world = World(seed=instant, plan=["idea", "idea"], full_at=instant)
+        assert night(world, experiments=4) == "4 experiments done"
+        assert world.instant > instant
+        world.plan, world.full_at = ["idea"], -1
+        assert night(world, experiments=1) == "1 experiment done"
+
+
+@pytest.mark.parametrize(
+    ("plan", "found", "pauses"),
+    [
+        (["idea", "idea"], ["run", "run"], []),
+        (["crash", "idea", "idea"], ["run", "run"], []),  # mended
+        (["crash", "crash", "crash", "idea"], ["crash", "run"], []),  # twice at most
+        (["crash", "nothing", "idea"], ["crash", "run"], []),  # given up
+        (["crash", "hopeless", "idea"], ["crash", "run"], []),
+        (["crash", "busy", "idea", "idea"], ["run", "run"], [Busy]),  # mended after a while
+        (["fault", "idea", "idea"], ["run", "run"], []),
+        (["foreign", "idea"], ["crash", "run"], []),  # never run, and never mended
+        (["nothing", "failed", "idea", "idea"], ["run", "run"], []),
+        (["repeat", "idea", "idea"], ["run", "run"], []),  # asked again at once
+        (["repeat", "repeat", "idea", "idea"], ["run", "run"], []),
+        (["idea", *5 * ["nothing"], "idea"], ["run", "run"], [Hopeless]),
+        (["idea", "hopeless", "idea"], ["run", "run"], [Hopeless]),
+        (["busy", "cut short", "busy", "idea", "idea"], ["run", "run"], [Busy, Busy, Busy]),
+    ],
+)
+def test_what_calls_bring(plan: list[str], found: list[str], pauses: list[type]) -> None:
+    world = World(plan=[*plan])
+    assert night(world, experiments=len(found)) == f"{len(found)} experiments done"
+    assert world.plan == [], "no call too few"
+    assert len(world.requests) == len(plan), "and none too many"
+    assert ["crash" if v == "crash" else "run" for v in verdicts(world)[1:]] == found
+    assert [type(trouble) for trouble, _ in world.pauses] == pauses
+    assert [count for _, count in world.pauses] == [*range(1, len(pauses) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (["hopeless"], "error: made-up: no key"),
+        (["busy", "hopeless"], "error: made-up: no key"),
+        (5 * ["failed"], "error: made-up brought nothing 5 times in a row: a fruit"),
+    ],
+)
+def test_a_person_is_still_at_the_keyboard(plan: list[str], said: str) -> None:
+    world = World(plan=[*plan])
+    assert night(world, experiments=1) == said
+    assert verdicts(world) == ["keep"]  # the baseline
+    world.plan = ["idea"]
+    assert night(world, experiments=1) == "1 experiment done"
+
+
+def test_what_an_agent_is_told() -> None:
+    world = World(plan=["failed", "idea", "repeat", "crash", "idea"])
+    night(world, experiments=2)
+    first, after_failure, afresh, after_repeat, repair = world.requests
+    assert "# Your last call" not in first and "# Your last call" not in afresh
+    assert "a fruit (call 1 in a row that brought nothing)" in after_failure
+    assert "the program was, but for comments and layout, the one of experiment" in after_repeat
+    assert "crashed: it crashed" in repair
+
+
+def test_the_baseline_must_run() -> None:
+    world = World(truth={"start": float("nan")})
+    said = "error: there is no baseline, since train.py does not run as it is: it crashed"
+    assert night(world).startswith(said)
+    assert not world.refs
+
+
+def test_no_experiments_are_the_baseline_alone() -> None:
+    world = World()
+    assert night(world, experiments=0) == "0 experiments done"
+    assert verdicts(world) == ["keep"] and not world.requests
+
+
+def test_a_goal() -> None:
+    world = World(seed=1)
+    assert night(world, until=0.95) == "the goal of 0.95 is reached"
+    scores = [e.score for _, _, e in world.refs.values() if e.verdict == "keep"]
+    assert scores[-1] <= 0.95 < scores[-2]
+    assert night(world, until=0.95) == "the goal of 0.95 is reached"  # at once

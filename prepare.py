@@ -9,6 +9,7 @@ scored in this file is the same for every experiment.
 """
 
 import argparse
+import ast
 import fcntl
 import hashlib
 import importlib
@@ -937,6 +938,20 @@ def judge() -> None:
 # -----------------------------------------------------------------------------
 
 
+def check_train(source: Path) -> None:
+    """Fail for a train.py that was written for another prepare.py, as upstream's is."""
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # told where it runs
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "prepare"]
+    names = [name.name for node in imports for name in node.names if name.name not in globals()]
+    if names:
+        here = "ARENA, TrainLoader and finish"
+        cure = "in the repository that it comes from, `autoresearch -C FOLDER` runs it as it is"
+        fail(f"train.py imports {', '.join(names)} from prepare.py, and here that has {here}: {cure}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the files of one arena; a second call does nothing.")
     choices = f"{', '.join(ARENAS)}, or a folder with .parquet (column `text`) or .txt files"
@@ -950,6 +965,7 @@ def main() -> None:
     if options.shards is not None and not 1 <= options.shards <= 6541:
         fail(f"--shards must be from 1 to 6541, not {options.shards}", code=2)
     start = time.perf_counter()
+    check_train(Path(__file__).with_name("train.py"))
     arena = find_arena(options.arena)
     try:
         manifest = prepare(arena, options.shards)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,13 +37,14 @@ from autoresearch.jobs.sandbox import NONE, Sandbox, find_sandbox, lend
 from autoresearch.journal.changes import syntax_error
 from autoresearch.journal.experiment import show
 from autoresearch.journal.git import AgentTree, GitError, Repo, run_git
-from autoresearch.journal.journal import REFS, TABLE, Journal, read_history
+from autoresearch.journal.journal import FOLDER, REFS, TABLE, Journal, read_history
 from autoresearch.task import Arena, Machine, Task, set_up
 from autoresearch.view.figures import count
 
 CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
 SMALL = 8_000  # MB of GPU memory: the recipe was made for this much
 ROOM = 10_000_000_000  # bytes for climbmix, its tokens, models and logs
+OURS = (FOLDER, TABLE, ".venv", "node_modules")  # untracked, and no loss to a clean tree
 LOADED = 6_000_000_000  # bytes of memory for a training and its referee
 
 
@@ -114,7 +116,8 @@ class Warn(str):
 
 
 def examine(setup: Setup) -> Iterator[Finding]:
-    """Make every check, even if others fail. A finding of two of them comes once."""
+    """Make every check, even if others fail. A finding of two of them comes once; one that does not
+    concern the task says nothing."""
     heard = set[str]()
     for what, check in CHECKS.items():
         try:
@@ -122,7 +125,7 @@ def examine(setup: Setup) -> Iterator[Finding]:
             finding = Finding(what, "warn" if isinstance(said, Warn) else "ok", said)
         except Exception as error:
             finding = Finding(what, "fail", explain(error))
-        if finding.said not in heard:
+        if finding.said and finding.said not in heard:
             yield finding
         heard.add(finding.said)
 
@@ -165,7 +168,7 @@ def check_task(setup: Setup) -> str:
     runs = [word for word in task.measure.split() if task.may_edit(word)]
     if runs and not task.guard:
         promise = "what it prints is a promise and not a measurement: a guard can check it"
-        return Warn(f"`{task.measure}` runs {runs[0]}, which may be edited: {promise}")
+        return Warn(f"`{task.measure}` rests on {runs[0]}, which may be edited: {promise}")
     editable = sum(map(task.may_edit, held))
     return f"{task.goal}; {task.what}: {editable} of {len(held)} files"
 
@@ -223,7 +226,7 @@ def check_resumed(setup: Setup) -> str:
 
 def check_torch(setup: Setup) -> str:
     if setup.root != CODE:
-        return "the task's own affair"
+        return ""
     cuda = setup.needs_gpu and shutil.which("nvidia-smi")
     return ask_gpt(setup.sandbox, "torch", "cuda" if cuda else "")
 
@@ -232,31 +235,53 @@ def check_measure(setup: Setup) -> str:
     """Measure three times, each in a clean tree, and have the guard look at the first."""
     if setup.root == CODE:
         return "the first experiment, the baseline, makes it"
-    task, checkout = setup.task, setup.checkout
-    commit = checkout.resolve("HEAD") or ""
-    runs: list[Run] = []
-    with tempfile.TemporaryDirectory() as tmp:
-        tree = AgentTree(checkout, Path(tmp, "tree"), Path(tmp, "index"))
-        arena = setup.prepare(tree, commit, quietly=True)
-        conditions = setup.conditions(commit, arena, task.timeout)
-        for number in range(3):
-            alive = Path(tmp, "alive")
-            spec = run_spec(conditions, checkout, alive, commit, guard=number == 0)
-            outcome = Job(Path(tmp, str(number)), spec, os.environ).result() or {}
-            run = Run(**outcome["run"]) if "run" in outcome else Run(crash="its job is lost")
-            if run.score is None:
-                lacks = (
-                    "a clean tree lacks what git does not know: AUTORESEARCH_CHECKOUT names yours"
-                )
-                raise UserError(f"{outcome.get('trouble') or run.crash} ({lacks})")
-            runs.append(run)
+    task = setup.task
+    runs = measure_thrice(setup)
     scores = [run.score or 0.0 for run in runs]
     seconds = sum(run.facts["run_seconds"] for run in runs) / len(runs)
     said = f"{task.metric} {', '.join(map(show, scores))}; {seconds:.1f} s each"
     if (spread := stdev(scores)) > 0:
         # of a gain, which is the difference of two scores
         said += f"; set noise = {spread * math.sqrt(2):.2g}, or better from more runs"
+        if not task.duels:
+            said += "; if it drifts with the machine, as a latency does, duels = 5"
+    if editable := find_editable(setup.root):
+        cure = "start `measure` with PYTHONPATH=. or so"
+        return Warn(f"{said}; {editable} is imported from your checkout, not from the edit: {cure}")
     return said
+
+
+def measure_thrice(setup: Setup) -> list[Run]:
+    """Three runs of what the person committed; UserError where one has no score."""
+    checkout, runs = setup.checkout, list[Run]()
+    commit = checkout.resolve("HEAD") or ""
+    with tempfile.TemporaryDirectory() as tmp:
+        tree = AgentTree(checkout, Path(tmp, "tree"), Path(tmp, "index"))
+        arena = setup.prepare(tree, commit, quietly=True)
+        conditions = setup.conditions(commit, arena, setup.task.timeout)
+        for number in range(3):
+            alive = Path(tmp, "alive")
+            spec = run_spec(conditions, checkout, alive, commit, guard=number == 0)
+            outcome = Job(Path(tmp, str(number)), spec, os.environ).result() or {}
+            run = Run(**outcome["run"]) if "run" in outcome else Run(crash="its job is lost")
+            if run.score is None:
+                said = outcome.get("trouble") or run.crash
+                unknown = [path for path in checkout.unknown() if not path.startswith(OURS)]
+                lacks = one_line(", ".join(unknown), 100)
+                why = f"(a clean tree lacks {lacks}: $AUTORESEARCH_CHECKOUT is yours)"
+                raise UserError(f"{said} {why}" if lacks else said)
+            runs.append(run)
+    return runs
+
+
+def find_editable(root: Path) -> str:
+    """The first package of a repository's .venv that Python imports from the checkout itself."""
+    for told in root.glob(".venv/lib/python*/site-packages/*.dist-info/direct_url.json"):
+        with suppress(ValueError, KeyError):
+            source = json.loads(told.read_text())
+            if source["dir_info"]["editable"] and source["url"].startswith(root.as_uri()):
+                return told.parent.name.partition("-")[0]
+    return ""
 
 
 def check_isolation(setup: Setup) -> str:
@@ -288,7 +313,7 @@ def check_memory(setup: Setup) -> str:
 
 
 def check_data(setup: Setup) -> str:
-    return ask_gpt(NONE, "data", setup.options.arena) if setup.root == CODE else "the task's own"
+    return ask_gpt(NONE, "data", setup.options.arena) if setup.root == CODE else ""
 
 
 def ask_gpt(sandbox: Sandbox, *args: str) -> str:
@@ -392,7 +417,8 @@ def check_committed(checkout: Repo, task: Task) -> None:
         cure = f"`git rm --cached {TABLE}`, and commit"
         raise UserError(f"{TABLE} is tracked, and the loop writes its own there: {cure}")
     if ".gitmodules" in held:
-        raise UserError("the repository has submodules, which a fresh tree would lack")
+        cure = "commit their files in their place"
+        raise UserError(f"the repository has submodules, which a clean tree lacks: {cure}")
     if not any(map(task.may_edit, held)):
         raise UserError(f"files = {task.what} matches no file of the last commit")
     if task.only_file and (

@@ -1,5 +1,6 @@
 """The examples, each really run: a keep, a discard, a crash, a file that may not change, and a guard that refuses."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -286,3 +287,33 @@ def test_what_is_higher(tmp_path: Path) -> None:
     assert (root / ".git/info/exclude").read_text().splitlines()[0] == "secret"
     assert "best 3" in drive(project, "status", "--tag=t")
     project.check()
+
+
+def test_what_a_clean_tree_lacks(tmp_path: Path) -> None:
+    """The doctor says what works in the checkout alone, or would not measure the edit."""
+    task = 'files = ["v.txt"]\nlower = "v"\nmeasure = "cat v.txt data/base.txt >&2 && sed \'s/^/v: /\' v.txt"\n'
+    project = repository(
+        tmp_path, {"autoresearch.toml": task, "v.txt": "2\n", ".gitignore": "data\n"}
+    )
+    (project.root / "data").mkdir()
+    (project.root / "data/base.txt").write_text("1\n")
+    args = ("doctor", "--agent=true", "--tag=new")
+    said = " ".join(drive(project, *args, code=1).split())
+    assert (
+        "data/base.txt: No such file or directory (a clean tree lacks data/: $AUTORESEARCH" in said
+    )
+    project.write("autoresearch.toml", task.replace(" data/", " $AUTORESEARCH_CHECKOUT/data/"))
+    commit_all(project)
+    assert "v 2.000000, 2.000000, 2.000000; " in " ".join(drive(project, *args).split())
+    package = project.root / ".venv/lib/python3.11/site-packages/shop-1.0.dist-info"
+    package.mkdir(parents=True)
+    url = json.dumps({"url": project.root.as_uri(), "dir_info": {"editable": True}})
+    (package / "direct_url.json").write_text(url)
+    assert "shop is imported from your checkout, not from the edit" in " ".join(
+        drive(project, *args).split()
+    )
+    project.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(ROOT), "sub")
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "sub")
+    assert "has submodules, which a clean tree lacks" in " ".join(
+        drive(project, *args, code=1).split()
+    )

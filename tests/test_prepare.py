@@ -522,3 +522,18 @@ def test_not_prepared(tmp_path: Path) -> None:
         done.stderr
         == "error: the arena 'demo' is not prepared: run `uv run prepare.py --arena demo`\n"
     )
+
+
+def test_upstreams_own_train_is_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare.check_train(ROOT / "train.py")
+    other = tmp_path / "train.py"
+    other.write_text(
+        "from kernels import get_kernel\nfrom prepare import TIME_BUDGET, evaluate_bpb\n"
+    )
+    with pytest.raises(SystemExit):
+        prepare.check_train(other)
+    said = capsys.readouterr().err
+    assert said.startswith("error: train.py imports TIME_BUDGET, evaluate_bpb from prepare.py, and")
+    assert said.count("\n") == 1

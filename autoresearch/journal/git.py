@@ -127,6 +127,11 @@ class Repo:
         rows = self.git("status", "--porcelain", "--no-renames", "-z", "--untracked-files=all")
         return [row[3:] for row in rows.split("\0")[:-1]]
 
+    def unknown(self) -> list[str]:
+        """Files and whole folders that git does not know, ignored ones too."""
+        command = ("ls-files", "-z", "--others", "--directory")
+        return names(git_bytes(*self.where, *command, cwd=self.tree))
+
     def lines_changed(self, base: str, commit: str) -> dict[str, tuple[int, int]]:
         """Lines added to and removed from each file that differs between two commits; 0 for a
         binary file."""

@@ -222,7 +222,7 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
     except Exception as error:
-        ended = checks.explain(error)
+        ended = checks.explain(error) or "setup failed"
         raise
     finally:
         with uninterrupted():

@@ -22,10 +22,11 @@ COLUMNS = (
 TIE = 0.4  # of the standard deviation of one gain
 MAX_FILE = 1_000_000  # bytes, twenty times what a person can hold in their head
 UPSTREAM = {"files": ["train.py"], "measure": "uv run train.py", "lower": "val_bpb", "gpu": True}
-FORM = (
-    '[tool.autoresearch] with files = ["what/may/change.py"], measure = "a command that prints '
-    'the number", lower = "its name" (or higher)'
-)
+FORM = """\
+[tool.autoresearch]
+files = ["src/rank.py"]      # what may change: paths, *, **, folder/
+measure = "python bench.py"  # prints `seconds: 1.5`
+lower = "seconds"            # or higher"""
 
 
 def trailer(name: str, form: str = "s", **default: Any) -> Any:
@@ -144,7 +145,7 @@ def read_task(root: Path) -> Task:
         if found := {key: value for key, value in table.items() if key != "prices"}:
             return make_task(found, name)
     if not (root / "train.py").exists():
-        raise UserError(f"{root} has no task: write {FORM} into pyproject.toml")
+        raise UserError(f"{root} has no task; pyproject.toml takes lines like these:\n{FORM}")
     return make_task(UPSTREAM, "the usual task")
 
 
@@ -177,7 +178,8 @@ def make_task(table: dict[str, Any], where: str) -> Task:
         raise UserError(f"{where}: {said}: the metric has one direction")
     for key in ("files", "measure"):
         if not table.get(key):
-            raise UserError(f"{where}: {key} is missing: {FORM}")
+            form = next(line for line in FORM.splitlines() if line.startswith(key))
+            raise UserError(f"{where}: {key} is missing: {form}")
     metric = table[metrics[0]]
     if not re.fullmatch(r"[A-Za-z]\w{0,39}", metric) or metric in COLUMNS:
         raise UserError(
@@ -222,7 +224,7 @@ class Machine:
 
 
 def set_up(task: Task, tree: Path, env: dict[str, str], quietly: bool = False) -> Arena:
-    """Run `setup` in a tree and take the facts from its last line. Unless `quietly`, it talks to
+    """Run `setup` in a tree, and take the facts from its last line. Unless `quietly`, it talks to
     the terminal itself, and a UserError for what it refused adds nothing."""
     asked = Arena(env.get("AUTORESEARCH_ARENA", ""))
     if not task.setup:
@@ -233,7 +235,7 @@ def set_up(task: Task, tree: Path, env: dict[str, str], quietly: bool = False) -
         stdout=pipe, stderr=pipe if quietly else None,
     )  # fmt: skip
     if done.returncode:
-        said = one_line((done.stderr or "").strip().rpartition("\n")[2].removeprefix("error: "))
+        said = read_failure(done.returncode, done.stderr) if quietly else ""
         killed = done.returncode < 0 or done.returncode > 128
         raise UserError("setup was killed by a signal" if killed else said, done.returncode % 128)
     kind, _, facts = done.stdout.strip().rpartition("\n")[2].partition(": ")

@@ -289,6 +289,39 @@ def test_what_is_higher(tmp_path: Path) -> None:
     project.check()
 
 
+@pytest.mark.parametrize(
+    ("task", "code", "words"),
+    [
+        (
+            'files = ["w.txt"]\nmeasure = "cat v.txt"',
+            1,
+            "files = w.txt matches no file of the last commit",
+        ),
+        ('files = ["v.txt"]\nmeasure = "echo w: 1"', 1, "does not run as it is: v was not printed"),
+        ('files = ["v.txt"]\nmeasure = "cat v.txt v.txt"', 1, "v was printed 2 times"),
+        ('files = ["v.txt"]\nmeasure = "cat v.txt; exit 3"', 1, "does not run as it is: v: 1; see"),
+        (
+            'files = ["v.txt"]\nmeasure = "cat v.txt"\nguard = "echo no, no; false"',
+            1,
+            "the guard: no, no; see",
+        ),
+        (
+            'files = ["v.txt"]\nmeasure = "cat v.txt"\nsetup = "echo no data >&2; exit 4"',
+            4,
+            "stopped: setup failed; 0",
+        ),
+        ("", 1, "measure = "),
+    ],
+)
+def test_a_task_that_cannot_start(tmp_path: Path, task: str, code: int, words: str) -> None:
+    project = repository(
+        tmp_path, {"autoresearch.toml": task and f'{task}\nlower = "v"\n', "v.txt": "v: 1\n"}
+    )
+    said = drive(project, "--tag=t", "--agent=true", "--no-report", code=code)
+    assert words in said and said.count("error: ") == (code == 1)
+    assert project.git("for-each-ref", "refs/autoresearch") == ""
+
+
 def test_what_a_clean_tree_lacks(tmp_path: Path) -> None:
     """The doctor says what works in the checkout alone, or would not measure the edit."""
     task = 'files = ["v.txt"]\nlower = "v"\nmeasure = "cat v.txt data/base.txt >&2 && sed \'s/^/v: /\' v.txt"\n'

@@ -65,8 +65,11 @@ def test_a_wrong_task(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_no_task_shows_the_lines_to_write(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no task: write \[tool\.autoresearch\] with files = "):
+    with pytest.raises(UserError) as error:
         read_task(tmp_path)
+    said, _, lines = str(error.value).partition("\n")
+    assert "has no task; pyproject.toml takes lines like these" in said
+    task_of(tmp_path, lines, "pyproject.toml")  # they are a task
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def baseline(study: Study, desk: Desk) -> None:
     idea = desk.baseline()
     idea.run = desk.measure(idea)
     if idea.run.crash:
-        why = f"since {study.task.what} does not run as it is: {idea.run.crash}"
+        why = f"since `{study.task.measure}` does not run as it is: {idea.run.crash}"
         raise UserError(f"there is no baseline, {why}; see {idea.folder / 'run.log'}")
     settle(study, desk, idea)
 

@@ -332,4 +332,6 @@ def read_failure(code: int, log: str) -> str:
     if signum > 0:
         return f"killed by signal {signum}" + (" (out of memory?)" if signum == 9 else "")
     lines = [line for line in log.splitlines() if line.strip()]
+    if lines and lines[-1].startswith("Node.js v"):  # its error stands above
+        lines = [line for line in lines if re.match(r"\w*Error\b", line)] or lines
     return one_line(lines[-1].removeprefix("error: ")) if lines else f"exit code {code}, no output"

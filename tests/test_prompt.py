@@ -102,7 +102,7 @@ def test_what_stands_in_it() -> None:
     ]
     text = prompt.brief(TASK, PROGRAM, history)
     assert "runs `python train.py`" in text and "prints val_bpb: lower is better" in text
-    assert "train.py as you find it scores 0.990000; the baseline scored 1.000000" in text
+    assert "The baseline scored 1.000000; train.py as you find it scores 0.990000" in text
     assert (
         "So far 1 kept, 1 discarded, 1 crashed." in text
         and "300 seconds" in text

@@ -128,3 +128,9 @@ def test_direction() -> None:
 @pytest.mark.parametrize(("code", "words"), [(-9, "signal 9 (out of memory?)"), (139, "signal 11")])
 def test_a_signal_by_itself_and_through_a_shell(code: int, words: str) -> None:
     assert words in read_failure(code, "")
+
+
+def test_the_error_of_node_stands_above_its_version() -> None:
+    log = "a.mjs:1\nx\n^\n\nReferenceError: x is not defined\n    at a.mjs:1:1\n\nNode.js v20.1.0\n"
+    assert read_failure(1, log) == "ReferenceError: x is not defined"
+    assert read_failure(1, "Node.js v20.1.0\n") == "Node.js v20.1.0"

@@ -146,9 +146,12 @@ class RunJob:
         self.void = False  # it stood still, as in a frozen container: clocks and limits say nothing
 
     def write_tree(self) -> None:
-        """The commit's files, and nothing else."""
+        """The commit's files, and nothing else but the packages of Node, which looks no farther."""
         remove(self.tree)
         checkout_tree(self.git_dir, self.commit, self.tree, self.folder / "index")
+        packages, link = self.conditions.root / "node_modules", self.tree / "node_modules"
+        if packages.is_dir() and not os.path.lexists(link):
+            link.symlink_to(packages)
 
     def keep(self, line: str, log: Path, monitor: "ClockMonitor | None" = None, **env: str) -> Exit:
         """Run a shell line in the tree and the sandbox, with this added to its environment."""

@@ -141,7 +141,7 @@ def test_what_an_agent_is_told() -> None:
 
 def test_the_baseline_must_run() -> None:
     world = World(truth={"start": float("nan")})
-    said = "error: there is no baseline, since train.py does not run as it is: it crashed"
+    said = "error: there is no baseline, since `python train.py` does not run as it is: it crashed"
     assert night(world).startswith(said)
     assert not world.refs
 

@@ -1,11 +1,11 @@
 """
 A night in minutes: the real driver, git and processes over many experiments; only the training takes no time.
 
-    uv run python -m benchmarks.soak [--experiments 1000] [--kills 200]
+    uv run python -m benchmarks.soak [--experiments 1000] [--kills 200] [--files 0]
 
 First an undisturbed run: what an experiment costs beside agent and training, and what memory the driver has, in its
 first and its last tenth, and that results.tsv and refs are exact. Then the same experiments with the driver killed at
-random instants and started again: the history must be the same.
+random instants and started again: the history must be the same. With --files the repository holds so many more.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from autoresearch.journal.experiment import Experiment
 from autoresearch.journal.git import Repo
 from autoresearch.journal.journal import read_history
-from tests.conftest import Project, make_quick_project
+from tests.conftest import Project, commit_all, make_quick_project
 
 # Ideas that follow from seed and number: better ones, worse ones, one in forty that crashes, one that is rejected.
 AGENT = """
@@ -29,6 +29,16 @@ sed -i "s/^VAL_BPB = [0-9.]*/VAL_BPB = $(awk "BEGIN { srand($n); print 0.5 + ran
 case $((n % 40)) in 7) echo "raise ValueError($AUTORESEARCH_ATTEMPT)" >> train.py;; 23) echo x > other;; esac
 echo "idea $AUTORESEARCH_EXPERIMENT"
 """
+
+
+def add_files(project: Project, count: int) -> None:
+    """Commit so many small files, a hundred in a folder."""
+    for number in range(count):
+        file = project.root / f"many/{number // 100}/{number}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{number}\n" * 20)
+    if count:
+        commit_all(project)
 
 
 def memory(pid: int) -> float:
@@ -96,11 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--experiments", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--files", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         calm, rough = make_quick_project(Path(one)), make_quick_project(Path(two))
         for project in (calm, rough):  # a person's Python keeps its bytecode
             del project.env["PYTHONDONTWRITEBYTECODE"]
+            add_files(project, options.files)
         undisturbed(calm, options.experiments)
         found = killed(rough, options.kills)[: options.experiments + 1]
         expected = history(calm)[: len(found)]

@@ -48,7 +48,8 @@ def research(study: Study, desk: Desk) -> str:
             case Failed(why):
                 stalls += 1
                 feedback = f"{why} (call {stalls} in a row that brought nothing)"
-                study.show(events.Stalled(study.journal.next_number, why))
+                number = study.journal.next_number
+                study.show(events.Note(f"{number:04d} no experiment: {one_line(why)}"))
                 if stalls < STALLS:
                     continue
                 trouble = Hopeless(
@@ -94,7 +95,8 @@ def attempt(study: Study, desk: Desk, feedback: str) -> Trouble | None:
     edit = desk.propose(idea, request)
     trouble = unusable(task, edit)
     if isinstance(trouble, Failed) and edit.duplicate_of:
-        study.show(events.Repeated(idea.number, edit.duplicate_of))
+        same = f"the same program as experiment {edit.duplicate_of.number}"
+        study.show(events.Note(f"{idea.number:04d} {same}; asking once more"))
         feedback = prompt.repeated(edit.duplicate_of)
         request = prompt.brief(task, idea.program, journal.experiments, feedback)
         edit = desk.propose(idea, request)

@@ -177,7 +177,8 @@ def run(options: argparse.Namespace, research: Research) -> int:
         setup.checkout.hide(f"/{FOLDER}/", f"/{TABLE}*")
     show = Display(options.tag, journal.folder, options.plain)
     if options.agent is None:
-        show(events.Chosen(setup.agent.name, tuple(AGENTS)))
+        first = f"agent {setup.agent.name}, the first installed of {', '.join(AGENTS)}"
+        show(events.Note(f"{first}; --agent takes another"))
     core = resource.RLIMIT_CORE  # dumps of gigabytes each
     resource.setrlimit(core, (0, resource.getrlimit(core)[1]))
     if machine.uuid:  # by number, CUDA may mean another one than nvidia-smi does

@@ -8,9 +8,10 @@ from autoresearch.task import Arena, Machine
 
 
 @dataclass(frozen=True)
-class Chosen:
-    agent: str
-    among: tuple[str, ...]  # the agents looked for, in that order
+class Note:
+    """What changes nothing, and a person should know."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,6 @@ class Settled:
 
 
 @dataclass(frozen=True)
-class Stalled:
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Repeated:
-    number: int
-    earlier: Experiment  # which trained the same program
-
-
-@dataclass(frozen=True)
 class Waiting:
     why: str
     until: datetime
@@ -82,5 +71,4 @@ class Stopped:
     dollars: float  # of this call
 
 
-Happening = Asking | Training | Refereeing | Settled | Stalled | Repeated | Waiting
-Event = Chosen | Preparing | Started | Happening | Stopped
+Event = Note | Preparing | Started | Asking | Training | Refereeing | Settled | Waiting | Stopped

@@ -70,7 +70,7 @@ class Display:
             style = STYLES[event.experiment.verdict] if isinstance(event, events.Settled) else ""
             self.console.print(said, style=style)
         else:
-            if isinstance(event, events.Stalled | events.Repeated):
+            if isinstance(event, events.Note):
                 self.notes = [*self.notes[-99:], said]
             self.live.refresh()
 
@@ -249,9 +249,8 @@ def standing(status: Status, folder: Path, holder: str | None) -> RenderableType
 
 def line(event: Event) -> str:
     match event:
-        case events.Chosen(agent, among):
-            names = ", ".join(among)
-            return f"agent {agent}, the first installed of {names}; --agent takes another"
+        case events.Note(text):
+            return text
         case events.Preparing(arena):
             return preparing(arena)
         case events.Started():
@@ -267,10 +266,6 @@ def line(event: Event) -> str:
         case events.Settled(e, commit):
             change = f" ({difference(e)})" if difference(e) else ""
             return f"{e.number:04d} {e.verdict:7s} {score(e)}{change} {e.headline} ({commit[:10]})"
-        case events.Stalled(number, reason):
-            return f"{number:04d} no experiment: {one_line(reason)}"
-        case events.Repeated(number, earlier):
-            return f"{number:04d} the same program as experiment {earlier.number}; asking once more"
         case events.Waiting(why, until):
             at = f"{until.astimezone():%H:%M:%S of %d %b}"
             return f"waiting until {at}: {one_line(why, 500)}"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -37,13 +37,12 @@ from autoresearch.pace import PACE
 from autoresearch.study import Limits, Study
 from autoresearch.task import MAX_FILE, read_task
 from autoresearch.view import events
+from autoresearch.view.report import draw, read_table, write_report
 from autoresearch.view.status import NOW, facts, load
 from autoresearch.view.terminal import Display, standing
 
-Research = Callable[
-    [Study, Desk], str
-]  # runs experiments until a limit is reached, and returns which
-Add = Callable[..., Any]  # an ArgumentParser's add_argument
+# Runs experiments until a limit is reached, and returns which
+Research = Callable[[Study, Desk], str]
 
 # --------------------------------------------------------------------------------------------------
 # Commands and options
@@ -52,9 +51,6 @@ DESCRIPTION = """\
 Research, overnight, by itself: an agent edits a file, git commits, a measurement decides.
 Without a command: run, whose options `loop.py run --help` lists, --demo among them."""
 DEMO = {"tag": "demo", "agent": "random", "arena": "demo", "experiments": 5}
-
-
-WHERE = "the repository to work in (default: that of loop.py, or of the current folder)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,10 +65,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, about, add_options) in COMMANDS.items():
+    for name, (_, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.add_argument("-C", metavar="DIR", dest="root", type=Path, help=WHERE)
-        add_options(command.add_argument)
+        add = command.add_argument
+        about = "the repository to work in (default: that of loop.py, or of the current folder)"
+        add("-C", metavar="DIR", dest="root", type=Path, help=about)
+        if name in ("run", "doctor"):
+            add_run_options(command)
+        else:
+            add("--tag", help="name of the run (default: the one that was active last)")
+        if name == "status":
+            add("--json", action="store_true", help="for scripts")
+        if name == "report":
+            about = "draw this results.tsv instead, which may be upstream's"
+            add("--results", metavar="FILE", type=Path, help=about)
     if argv[:1] == ["-C"] and argv[2:3] and argv[2] in COMMANDS:
         argv = [argv[2], *argv[:2], *argv[3:]]
     if argv[:1] not in (["--help"], ["-h"]) and (not argv or argv[0].startswith("-")):
@@ -80,7 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_options(add: Add) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+
     def limit(name: str, metavar: str, about: str, default: float | None = None) -> None:
         add(name, metavar=metavar, type=positive, default=default, help=about)
 
@@ -108,21 +116,6 @@ def run_options(add: Add) -> None:
     switch("--plain", "a line for each event, as where there is no terminal")
     switch("--no-report", "write no progress.png and report.html at the end")
     switch("--demo", "demo arena, random agent, five experiments: any machine")
-
-
-def tag_option(add: Add) -> None:
-    add("--tag", help="name of the run (default: the one that was active last)")
-
-
-def status_options(add: Add) -> None:
-    tag_option(add)
-    add("--json", action="store_true", help="for scripts")
-
-
-def report_options(add: Add) -> None:
-    tag_option(add)
-    about = "draw this results.tsv instead, which may be upstream's"
-    add("--results", metavar="FILE", type=Path, help=about)
 
 
 def today() -> str:
@@ -191,9 +184,9 @@ def run(options: argparse.Namespace, research: Research) -> int:
         journal.reconcile()
         code = work(setup, limits, show, research)
     if journal.history and not options.no_report:
-        options.results = None
         try:
-            write_report(options, research)
+            paths = write_report(setup.checkout, setup.task, journal.history, journal.folder)
+            print(*paths, sep="\n")
         except Exception as error:  # the research was done
             print(f"no report: {checks.explain(error)}", file=sys.stderr)
     return code
@@ -202,7 +195,7 @@ def run(options: argparse.Namespace, research: Research) -> int:
 def work(setup: checks.Setup, limits: Limits, show: Display, research: Research) -> int:
     """Prepare the arena, research, and leave everything in order, whatever ends it."""
     journal = setup.journal
-    code, ended = 1, "an error"
+    code, ended = 0, "an error"
     try:
         study = make_study(setup, limits, show)
         show(
@@ -219,7 +212,6 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
             )
         )
         ended = research(study, Desk(study))
-        code = 0
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
     except Exception as error:
@@ -276,20 +268,16 @@ def status(options: argparse.Namespace, research: Research) -> int:
     return 0
 
 
-def write_report(options: argparse.Namespace, research: Research) -> int:
-    from autoresearch.view import report  # matplotlib takes half a second
-
+def report(options: argparse.Namespace, research: Research) -> int:
+    task = read_task(options.root)
     if options.results:
-        picture = Path("progress.png")
-        task = read_task(options.root)
-        points = report.read_table(options.results)
-        report.draw(points, str(options.results), picture, task.metric, task.higher)
-        print(picture)
+        points = read_table(options.results)
+        draw(points, str(options.results), Path("progress.png"), task.metric, task.higher)
+        print("progress.png")
         return 0
     tag, history = past(options)
-    checkout, task = checks.open_checkout(options.root), read_task(options.root)
-    for path in report.write_report(checkout, task, history, runs_of(options.root) / tag):
-        print(path)
+    checkout = checks.open_checkout(options.root)
+    print(*write_report(checkout, task, history, runs_of(options.root) / tag), sep="\n")
     return 0
 
 
@@ -320,9 +308,8 @@ def past(options: argparse.Namespace) -> tuple[str, History]:
         checks.check_name(checkout, tag)
     history = read_history(checkout, tag or "*")
     active = {e.tag: datetime.fromisoformat(e.finished).timestamp() for _, e in history}
-    for path in runs_of(options.root).glob(f"{tag or '*'}/{NOW}"):
-        name = path.parent.name
-        active[name] = max(active.get(name, 0.0), path.stat().st_mtime)
+    seen = runs_of(options.root).glob(f"{tag or '*'}/{NOW}")  # written at each event
+    active |= {path.parent.name: path.stat().st_mtime for path in seen}
     if not active:
         others = ", ".join(sorted({e.tag for _, e in read_history(checkout)}))
         there = f"no experiments yet under {REFS}/{tag or ''}{others and f'; there are {others}'}"
@@ -334,14 +321,13 @@ def past(options: argparse.Namespace) -> tuple[str, History]:
     return last, mine
 
 
-# Of each command: its function, its description, its options
-Command = tuple[Callable[[argparse.Namespace, Research], int], str, Callable[[Add], None]]
-COMMANDS: dict[str, Command] = {
-    "run": (run, "start or resume a run, and stay with it until a limit is reached", run_options),
-    "status": (status, "print where a run stands, while it runs and after", status_options),
-    "report": (write_report, "write progress.png and report.html of a run", report_options),
-    "doctor": (doctor, "check all that a run with these options needs", run_options),
-    "prompt": (show_prompt, "print the agent's next prompt", tag_option),
+# Of each command: its function, its description
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Research], int], str]] = {
+    "run": (run, "start or resume a run, and stay with it until a limit is reached"),
+    "status": (status, "print where a run stands, while it runs and after"),
+    "report": (report, "write progress.png and report.html of a run"),
+    "doctor": (doctor, "check all that a run with these options needs"),
+    "prompt": (show_prompt, "print the agent's next prompt"),
 }
 
 

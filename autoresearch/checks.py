@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import stdev
-from typing import Literal
 
 from autoresearch.agents import AGENTS, find_agent
 from autoresearch.agents.agent import Agent
@@ -102,32 +101,23 @@ class Setup:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table. A run cannot start with a `fail`."""
-
-    what: str
-    state: Literal["ok", "warn", "fail"]
-    said: str
-
-
 class Warn(str):
     """A finding that does not stop a run, and that a person should know."""
 
 
-def examine(setup: Setup) -> Iterator[Finding]:
-    """Make every check, even if others fail. A finding of two of them comes once; one that does not
-    concern the task says nothing."""
-    heard = set[str]()
+def examine(setup: Setup) -> Iterator[tuple[str, str, str]]:
+    """Make every check, even if others fail: its name, `ok`, `warn` or `fail`, and what it says. A
+    finding of two of them comes once; one that does not concern the task says nothing."""
+    heard = {""}
     for what, check in CHECKS.items():
         try:
             said = check(setup)
-            finding = Finding(what, "warn" if isinstance(said, Warn) else "ok", said)
+            state = "warn" if isinstance(said, Warn) else "ok"
         except Exception as error:
-            finding = Finding(what, "fail", explain(error))
-        if finding.said and finding.said not in heard:
-            yield finding
-        heard.add(finding.said)
+            state, said = "fail", explain(error)
+        if said not in heard:
+            yield what, state, said
+        heard.add(said)
 
 
 def require(setup: Setup) -> None:
@@ -174,8 +164,15 @@ def check_task(setup: Setup) -> str:
 
 
 def check_agent(setup: Setup) -> str:
-    agent = setup.agent
-    check_prices(agent, setup.options)
+    agent, options = setup.agent, setup.options
+    known = agent.dollars or agent.price or options.gpu_dollars_per_hour
+    if options.dollars < math.inf and not known:
+        table = "[tool.autoresearch.prices] of pyproject.toml"
+        form = f'"{agent.model or agent.name}" = [input, cached input, output]'
+        cure = f"put the price of its tokens into {table}: {form}"
+        if agent.verbatim:
+            cure = "only --gpu-dollars-per-hour can be counted"
+        raise UserError(f"--dollars: {agent.name} does not say what a call costs: {cure}", 2)
     return agent.name if agent.verbatim else f"{agent.name}, {shutil.which(agent.command[0])}"
 
 
@@ -368,18 +365,6 @@ def open_checkout(root: Path) -> Repo:
     if checkout.resolve("HEAD") is None:
         raise UserError("the repository has no commit yet: `git add -A && git commit -m start`")
     return checkout
-
-
-def check_prices(agent: Agent, options: argparse.Namespace) -> None:
-    """A limit in dollars needs known costs."""
-    if options.dollars == math.inf or agent.dollars or agent.price or options.gpu_dollars_per_hour:
-        return
-    table = "[tool.autoresearch.prices] of pyproject.toml"
-    form = f'"{agent.model or agent.name}" = [input, cached input, output]'
-    cure = f"put the price of its tokens into {table}: {form}"
-    if agent.verbatim:
-        cure = "only --gpu-dollars-per-hour can be counted"
-    raise UserError(f"--dollars: {agent.name} does not say what a call costs: {cure}", 2)
 
 
 def check_tag(checkout: Repo, tag: str) -> None:

@@ -285,11 +285,10 @@ def doctor(options: argparse.Namespace, research: Research) -> int:
     findings = list(checks.examine(settle_options(options)))
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    for finding in findings:
-        state = Text(finding.state, styles[finding.state])
-        table.add_row(Text(finding.what), state, Text(finding.said))
+    for what, state, said in findings:
+        table.add_row(what, Text(state, styles[state]), Text(said))
     Console().print(table)
-    return int(any(finding.state == "fail" for finding in findings))
+    return int(any(state == "fail" for _, state, _ in findings))
 
 
 def show_prompt(options: argparse.Namespace, research: Research) -> int:

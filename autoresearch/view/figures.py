@@ -90,17 +90,6 @@ def sum_fact(experiments: Sequence[Experiment], name: str) -> float:
     return sum(e.facts.get(name, 0.0) for e in experiments)
 
 
-def running_best(history: Sequence[Experiment]) -> list[float]:
-    """The incumbent's score after each experiment."""
-    best: list[float] = []
-    for e in history:
-        if e.verdict == "keep" and e.score is not None:
-            best.append(e.score)
-        elif best:
-            best.append(best[-1])
-    return best
-
-
 # --------------------------------------------------------------------------------------------------
 # Figures in words
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -20,7 +20,7 @@ from autoresearch.journal.experiment import Experiment, difference, score, show
 from autoresearch.task import Progress
 from autoresearch.view import events
 from autoresearch.view.events import Event
-from autoresearch.view.figures import Figures, count, duration, figures, money, running_best, shares
+from autoresearch.view.figures import Figures, count, duration, figures, money, shares
 from autoresearch.view.status import NOW, Phase, Status, progress, save, state, update
 
 STYLES = {"keep": "bold green", "discard": "dim", "crash": "red"}
@@ -111,13 +111,20 @@ def render(status: Status, progress: Progress | None, now: float, note: str = ""
     found = figures(status.experiments)
     where = f"{status.arena}, {status.budget:g} s each" if status.budget else status.arena
     facts = " · ".join(filter(None, (where, status.gpu or "the CPU", status.agent)))
-    title = Text.assemble((status.tag, "bold"), "  ", (facts, "dim"))
-    title.no_wrap, title.overflow = True, "ellipsis"
-    parts: list[RenderableType] = [title, *(headline(found) if found else ["no baseline yet"])]
+    parts: list[RenderableType] = [one_row((status.tag, "bold"), "  ", (facts, "dim"))]
+    parts += headline(found) if found else ["no baseline yet"]
     if len(status.experiments) > 1:
-        curve = sparkline(running_best(status.experiments))
+        best = (e.score if e.verdict == "keep" else e.incumbent for e in status.experiments)
+        curve = sparkline([value for value in best if value is not None])
         parts.append(Text.assemble((curve, "green"), ("  best so far", "dim")))
-    parts += ["", *phase(status, progress, now, note)]
+    words, done, said = describe_phase(status, progress, now)
+    parts += ["", one_row(words)]
+    if said:
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(1.0, min(done, 1.0), width=30), f"{min(done, 1.0):4.0%}", said)
+        parts.append(bar)
+    if note:
+        parts.append(one_row(note, style="dim"))
     if status.experiments:
         parts += ["", table(status.experiments[: -LAST - 1 : -1])]
     return Group(*parts)
@@ -128,7 +135,7 @@ def one_row(*parts: str | tuple[str, str], style: str = "") -> Text:
     return Text.assemble(*parts, style=style, overflow="ellipsis", no_wrap=True)
 
 
-def headline(f: Figures) -> list[RenderableType]:
+def headline(f: Figures) -> Iterator[Text]:
     best, share = f.best, f.change / abs(f.baseline) if f.baseline else 0.0
     idea, gain = "nothing better yet", ""
     if best.number:
@@ -137,62 +144,43 @@ def headline(f: Figures) -> list[RenderableType]:
     verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
     rate = f", {f.hourly:.1f} an hour" if f.experiments else ""
     beside = f"  baseline {show(f.baseline)}  "
-    rows = [
-        one_row("best ", (score(best), "bold green"), beside, (gain, "bold"), idea),
-        one_row(f"{count(f.experiments)}: {verdicts}{rate}"),
-        one_row(f"time: {shares(f.seconds)}", style="dim"),
-    ]
+    yield one_row("best ", (score(best), "bold green"), beside, (gain, "bold"), idea)
+    yield one_row(f"{count(f.experiments)}: {verdicts}{rate}")
+    yield one_row(f"time: {shares(f.seconds)}", style="dim")
     if spent := money(f):
-        rows.append(one_row(f"spent: {spent}", style="dim"))
-    return list(rows)
+        yield one_row(f"spent: {spent}", style="dim")
 
 
-def phase(status: Status, progress: Progress | None, now: float, note: str) -> list[RenderableType]:
-    """What the driver does, and how far that is."""
-    words, bar = describe_phase(status, progress, now)
-    lines: list[RenderableType] = [one_row(words)] if words else []
-    if bar:
-        done, said = min(bar[0], 1.0), bar[1]
-        row = Table.grid(padding=(0, 1))
-        row.add_row(ProgressBar(1.0, done, width=30), f"{done:4.0%}", said)
-        lines.append(row)
-    if note:
-        lines.append(one_row(note, style="dim"))
-    return lines
-
-
-def describe_phase(
-    status: Status, progress: Progress | None, now: float
-) -> tuple[str, tuple[float, str] | None]:
-    """The phase in words; what part of it is done, and what to say of that."""
+def describe_phase(status: Status, progress: Progress | None, now: float) -> tuple[str, float, str]:
+    """The phase in words; what part of it is done, and what to say of that, where it is known."""
     p, elapsed = status.phase, max(now - status.phase.since, 0.0)
     number = f"{p.number:04d}"
     match p.name:
         case "preparing":
-            return preparing(status.arena), None
+            return preparing(status.arena), 0.0, ""
         case "asking":
             repair = f" for repair {p.turn} of: {p.detail}" if p.turn else ""
             said = f"{duration(elapsed)} of {duration(status.agent_limit)} at most"
             words = f"{number} asking {status.agent}{repair}"
-            return words, (elapsed / (status.agent_limit or 1), said)
+            return words, elapsed / (status.agent_limit or 1), said
         case "training" if progress:
             done = progress.percent / 100
             left = duration(status.budget * (1 - done))
             speed = f"  {progress.speed / 1000:,.0f}k tok/s" if progress.speed else ""
             said = f"loss {progress.loss:.3f}{speed}  {left} left"
-            return f"{number} running: {p.detail}", (done, said)
+            return f"{number} running: {p.detail}", done, said
         case "training":
-            return f"{number} running: {p.detail}", (0.0, f"starting, {duration(elapsed)}")
+            return f"{number} running: {p.detail}", 0.0, f"starting, {duration(elapsed)}"
         case "refereeing":
-            return f"{number} the guard looks at it: {p.detail}", None
+            return f"{number} the guard looks at it: {p.detail}", 0.0, ""
         case "waiting" if p.until:
             done = elapsed / max(p.until - p.since, 1)
             words = f"waiting until {datetime.fromtimestamp(p.until):%H:%M:%S of %d %b}: {p.detail}"
-            return words, (done, f"{duration(max(p.until - now, 0))} left")
+            return words, done, f"{duration(max(p.until - now, 0))} left"
         case "stopped":
             spent = f"; ${status.dollars:.2f} spent" if status.dollars else ""
-            return f"stopped: {p.detail}{spent}", None
-    return "", None
+            return f"stopped: {p.detail}{spent}", 0.0, ""
+    return "", 0.0, ""
 
 
 def preparing(arena: str) -> str:
@@ -230,13 +218,9 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 def standing(status: Status, folder: Path, holder: str | None) -> RenderableType:
     """The view of a run that another process runs, or that has ended."""
-    now = state(status, holder)
-    note = {
-        "running": f"running, {holder}",
-        "stopped": "not running",
-        "died": "not running: the driver ended without a word; the same command resumes it",
-    }[now]
-    if now == "died":
+    note = f"running, {holder}" if holder else "not running"
+    if state(status, holder) == "died":
+        note += ": the driver ended without a word; the same command resumes it"
         p = status.phase
         at = f"at {p.name} {p.number:04d} {p.detail}".strip()
         status = replace(status, phase=Phase("stopped", detail=at))

@@ -41,7 +41,6 @@ class Status:
     budget: float = 0.0  # seconds of training
     agent_limit: float = 0.0  # seconds of a call
     gpu: str = ""
-    started: float = 0.0
     dollars: float = 0.0  # spent by a call of the driver that has ended
     experiments: tuple[Experiment, ...] = ()
 
@@ -51,11 +50,11 @@ def update(status: Status, event: Event, now: float) -> Status:
     phase = status.phase
     match event:
         case events.Preparing(arena):
-            return replace(status, arena=arena, phase=Phase("preparing", since=now))
+            status, phase = replace(status, arena=arena), Phase("preparing", since=now)
         case events.Started():
-            known = with_facts(status, event.agent, event.arena, event.machine)
-            known = replace(known, agent_limit=event.agent_limit, experiments=event.history)
-            return replace(known, started=now, phase=Phase(since=now))
+            status = with_facts(status, event.agent, event.arena, event.machine)
+            status = replace(status, agent_limit=event.agent_limit, experiments=event.history)
+            phase = Phase(since=now)
         case events.Asking(number, turn):
             phase = Phase("asking", number, turn, phase.detail if turn else "", now)
         case events.Training(number, idea):
@@ -86,7 +85,7 @@ def save(status: Status, path: Path) -> None:
 def load(path: Path, tag: str, experiments: Sequence[Experiment]) -> Status:
     """The status of a run whose experiments git has. The file may be missing or of another
     version."""
-    known = replace(Status(tag), experiments=tuple(experiments))
+    known = Status(tag, experiments=tuple(experiments))
     if experiments:
         last = experiments[-1]
         known = with_facts(known, last.agent, last.arena, last.machine)

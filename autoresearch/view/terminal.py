@@ -157,7 +157,7 @@ def describe_phase(status: Status, progress: Progress | None, now: float) -> tup
     number = f"{p.number:04d}"
     match p.name:
         case "preparing":
-            return preparing(status.arena), 0.0, ""
+            return f"preparing the arena {status.arena}".rstrip(), 0.0, ""
         case "asking":
             repair = f" for repair {p.turn} of: {p.detail}" if p.turn else ""
             said = f"{duration(elapsed)} of {duration(status.agent_limit)} at most"
@@ -181,10 +181,6 @@ def describe_phase(status: Status, progress: Progress | None, now: float) -> tup
             spent = f"; ${status.dollars:.2f} spent" if status.dollars else ""
             return f"stopped: {p.detail}{spent}", 0.0, ""
     return "", 0.0, ""
-
-
-def preparing(arena: str) -> str:
-    return f"preparing the arena {arena}" if arena else "preparing"
 
 
 def table(experiments: Sequence[Experiment]) -> Table:
@@ -236,7 +232,7 @@ def line(event: Event) -> str:
         case events.Note(text):
             return text
         case events.Preparing(arena):
-            return preparing(arena)
+            return f"preparing the arena {arena}".rstrip()
         case events.Started():
             return describe_start(event)
         case events.Asking(number, 0):

@@ -19,23 +19,14 @@ from rich.text import Text
 
 from autoresearch import checks
 from autoresearch.agents import AGENTS, prompt
-from autoresearch.desk import Desk
-from autoresearch.files import (
-    CODE,
-    STOPS,
-    UserError,
-    lock,
-    lock_of_device,
-    lock_owner,
-    tail,
-    uninterrupted,
-)
+from autoresearch.desk import Desk, read_program
+from autoresearch.files import CODE, STOPS, UserError, lock, lock_of_device, uninterrupted
 from autoresearch.jobs import gpu
 from autoresearch.journal.git import AgentTree
-from autoresearch.journal.journal import FOLDER, LOCK, REFS, TABLE, History, read_history, runs_of
+from autoresearch.journal.journal import FOLDER, REFS, TABLE, History, read_history, runs_of
 from autoresearch.pace import PACE
 from autoresearch.study import Limits, Study
-from autoresearch.task import MAX_FILE, read_task
+from autoresearch.task import read_task
 from autoresearch.view import events
 from autoresearch.view.report import draw, read_table, write_report
 from autoresearch.view.status import NOW, facts, load
@@ -260,11 +251,11 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
 def status(options: argparse.Namespace, research: Research) -> int:
     tag, history = past(options)
     folder = runs_of(options.root) / tag
-    now, owner = load(folder / NOW, tag, [e for _, e in history]), lock_owner(folder / LOCK)
+    now = load(folder / NOW, tag, [e for _, e in history])
     if options.json:
-        print(json.dumps(facts(now, folder, owner), indent=1, default=str))
+        print(json.dumps(facts(now, folder), indent=1, default=str))
     else:
-        Console().print(standing(now, folder, owner))
+        Console().print(standing(now, folder))
     return 0
 
 
@@ -295,7 +286,7 @@ def show_prompt(options: argparse.Namespace, research: Research) -> int:
     tag, history = past(options)
     if not history:
         raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
-    program = tail(options.root / "program.md", MAX_FILE)
+    program = read_program(checks.open_checkout(options.root), "HEAD")
     print(prompt.brief(read_task(options.root), program, [e for _, e in history]), end="")
     return 0
 

@@ -15,6 +15,7 @@ from autoresearch.jobs import LOG, Job, gpu
 from autoresearch.jobs.job import run_spec
 from autoresearch.journal.changes import Change, describe_edit, source_of, syntax_error
 from autoresearch.journal.experiment import Experiment, Verdict
+from autoresearch.journal.git import Repo
 from autoresearch.pace import PACE, clock
 from autoresearch.study import Study
 from autoresearch.task import MAX_FILE
@@ -22,6 +23,12 @@ from autoresearch.view import events
 
 RUNS = 3  # of a commit, where no fault of the program ends one
 GUARDING = re.compile(r"^guarding (\S+)$", re.MULTILINE)  # in the log of a job
+
+
+def read_program(checkout: Repo, commit: str) -> str:
+    """program.md as it is now, or as committed while an editor replaces it."""
+    text = tail(checkout.tree / "program.md", MAX_FILE)
+    return text or checkout.show(commit, "program.md").decode(errors="replace")
 
 
 class Desk:
@@ -38,7 +45,8 @@ class Desk:
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder)
         unchanged = Edit(Reply("", "", Usage(0.0)), (), journal.base)
-        return Idea(number, folder, journal.base, self.program(), unchanged)
+        program = read_program(self.study.checkout, journal.base)
+        return Idea(number, folder, journal.base, program, unchanged)
 
     def baseline(self) -> Idea:
         """What the person committed, as an empty commit."""
@@ -47,12 +55,6 @@ class Desk:
         source = source_of(checkout, self.study.task, commit)
         idea.edit = Edit(Reply("baseline", "", Usage(0.0)), (), commit, source=source)
         return idea
-
-    def program(self) -> str:
-        """program.md as it is now, or as committed while an editor replaces it."""
-        checkout, base = self.study.checkout, self.study.journal.base
-        text = tail(checkout.tree / "program.md", MAX_FILE)
-        return text or checkout.show(base, "program.md").decode(errors="replace")
 
     # --- an agent's call
 

@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from autoresearch.files import tail, write_whole
+from autoresearch.files import lock_owner, tail, write_whole
 from autoresearch.journal.experiment import Experiment
+from autoresearch.journal.journal import LOCK
 from autoresearch.task import Arena, Machine, Progress, read_progress
 from autoresearch.view import events
 from autoresearch.view.events import Event
@@ -104,18 +105,19 @@ def progress(status: Status, folder: Path) -> Progress | None:
     return read_progress(tail(log)) if status.phase.name == "training" else None
 
 
-def state(status: Status, holder: str | None) -> str:
-    """`running`, `stopped`, or `died` where its driver ended without a word."""
-    ended = status.phase.name in ("", "stopped")
-    return "running" if holder else "stopped" if ended else "died"
+def state(status: Status, folder: Path) -> tuple[str, str | None]:
+    """`running`, `stopped`, or `died` where its driver ended without a word; who runs it."""
+    holder, ended = lock_owner(folder / LOCK), status.phase.name in ("", "stopped")
+    return "running" if holder else "stopped" if ended else "died", holder
 
 
-def facts(status: Status, folder: Path, holder: str | None) -> dict[str, object]:
+def facts(status: Status, folder: Path) -> dict[str, object]:
     """A status for scripts, in plain values; an unknown one is None."""
     found, far = figures(status.experiments), progress(status, folder)
     summary = asdict(found) | {"gain": found.gain, "dollars": found.dollars} if found else None
+    now, holder = state(status, folder)
     return {
-        "state": state(status, holder),
+        "state": now,
         "holder": holder,
         **{name: value for name, value in asdict(status).items() if name != "experiments"},
         "progress": asdict(far) if far else None,

@@ -212,10 +212,11 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(BARS[round((value - low) / span * 7)] for value in values)
 
 
-def standing(status: Status, folder: Path, holder: str | None) -> RenderableType:
+def standing(status: Status, folder: Path) -> RenderableType:
     """The view of a run that another process runs, or that has ended."""
+    now, holder = state(status, folder)
     note = f"running, {holder}" if holder else "not running"
-    if state(status, holder) == "died":
+    if now == "died":
         note += ": the driver ended without a word; the same command resumes it"
         p = status.phase
         at = f"at {p.name} {p.number:04d} {p.detail}".strip()

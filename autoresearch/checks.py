@@ -20,15 +20,7 @@ from statistics import stdev
 
 from autoresearch.agents import AGENTS, find_agent
 from autoresearch.agents.agent import Agent
-from autoresearch.files import (
-    CODE,
-    UserError,
-    cache,
-    check_room,
-    lock_of_device,
-    lock_owner,
-    one_line,
-)
+from autoresearch.files import CODE, UserError, check_free, check_room, lock_of_device, one_line
 from autoresearch.ideas import Run
 from autoresearch.jobs import Job, gpu
 from autoresearch.jobs.job import MANIFEST, Conditions, read_text, run_spec, stamps_of
@@ -144,12 +136,20 @@ def explain(error: Exception) -> str:
 
 
 def check_git(setup: Setup) -> str:
-    tag = setup.options.tag
-    check_tag(setup.checkout, tag)
+    checkout, tag = setup.checkout, setup.options.tag
+    check_name(checkout, tag)
+    branch = f"refs/heads/autoresearch/{tag}"
+    if checkout.resolve("refs/heads/autoresearch"):
+        cure = "`git branch -m autoresearch another-name`"
+        raise UserError(f"a branch named autoresearch is in the way: {cure}", 2)
+    if below := checkout.refs(f"{branch}/"):
+        raise UserError(f"{below[0]} is in the way of the run's branch: take another --tag", 2)
+    if checkout.head_branch() == branch:
+        why = f"your checkout is on autoresearch/{tag}, which the loop moves"
+        raise UserError(f"{why}: `git switch -` first")
     if setup.journal.is_new():
-        check_committed(setup.checkout, setup.task)
-    if owner := lock_owner(setup.journal.lock):
-        raise UserError(f"the run {tag} is taken by {owner}: wait for it, or stop it")
+        check_committed(checkout, setup.task)
+    check_free(setup.journal.lock, f"the run {tag}")
     return f"{run_git('version').strip()}; the run would be {tag}"
 
 
@@ -192,8 +192,7 @@ def check_login(setup: Setup) -> str:
 
 def check_gpu(setup: Setup) -> str:
     machine = setup.machine
-    if owner := lock_owner(lock_of_device(machine.uuid or "cpu")):
-        raise UserError(f"{machine.gpu or 'the CPU'} is taken by {owner}: wait for it, or stop it")
+    check_free(lock_of_device(machine.uuid or "cpu"), machine.gpu or "the CPU")
     if not machine.gpu:
         return "none is needed"
     capability, memory = gpu.capability(machine), gpu.memory(machine)
@@ -291,8 +290,8 @@ def check_isolation(setup: Setup) -> str:
 
 def check_disk(setup: Setup) -> str:
     check_room(setup.root)
-    lock_of_device("cpu")  # makes the folder of the cache, or says why not
-    folders = {folder.stat().st_dev: folder for folder in (setup.root, cache())}.values()
+    cache = lock_of_device("cpu").parent  # which this makes, or says why not
+    folders = {folder.stat().st_dev: folder for folder in (setup.root, cache)}.values()
     free = {folder: shutil.disk_usage(folder).free for folder in folders}
     said = ", ".join(f"{room / 1e9:.0f} GB free at {folder}" for folder, room in free.items())
     if setup.needs_gpu and min(free.values()) < ROOM:
@@ -365,20 +364,6 @@ def open_checkout(root: Path) -> Repo:
     if checkout.resolve("HEAD") is None:
         raise UserError("the repository has no commit yet: `git add -A && git commit -m start`")
     return checkout
-
-
-def check_tag(checkout: Repo, tag: str) -> None:
-    branch = f"refs/heads/autoresearch/{tag}"
-    check_name(checkout, tag)
-    if checkout.resolve("refs/heads/autoresearch"):
-        cure = "`git branch -m autoresearch another-name`"
-        raise UserError(f"a branch named autoresearch is in the way: {cure}", 2)
-    if below := checkout.refs(f"{branch}/"):
-        why = f"{below[0]} is in the way of the branch autoresearch/{tag}"
-        raise UserError(f"{why}: take another --tag", 2)
-    if checkout.head_branch() == branch:
-        why = f"your checkout is on autoresearch/{tag}, which the loop moves"
-        raise UserError(f"{why}: `git switch -` first")
 
 
 def check_name(checkout: Repo, tag: str) -> None:

@@ -149,6 +149,12 @@ def lock_owner(path: Path) -> str | None:
         return path.read_text() or "another process"
 
 
+def check_free(path: Path, what: str) -> None:
+    """UserError that names the owner of a lock file, if it has one."""
+    if owner := lock_owner(path):
+        raise UserError(f"{what} is taken by {owner}: wait for it, or stop it")
+
+
 @contextmanager
 def waiting_lock(path: Path, shared: bool = False) -> Iterator[None]:
     """Hold a lock file, alone or shared with others, however long that takes."""

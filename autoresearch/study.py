@@ -35,15 +35,6 @@ class Limits:
     def dollars_spent(self) -> float:
         return self.paid + self.gpu_rate * self.hours_spent
 
-    def reached(self) -> str | None:
-        """Which limit is reached, if any."""
-        if self.done >= self.experiments:
-            return f"{count(self.done)} done"
-        if self.hours_spent >= self.hours:
-            return f"{self.hours:g} hours are over"
-        over = self.dollars_spent >= self.dollars
-        return f"${self.dollars_spent:.2f} of ${self.dollars:g} are spent" if over else None
-
 
 @dataclass(frozen=True)
 class Study:
@@ -64,7 +55,13 @@ class Study:
     def reached(self) -> str | None:
         """Which limit or goal is reached, if any; asked before each experiment, and while the
         driver waits."""
-        goal, best = self.limits.until, self.journal.best_score
+        limits, best = self.limits, self.journal.best_score
+        goal = limits.until
         if goal is not None and best is not None and self.task.gain(best, goal) >= 0:
             return f"the goal of {goal:g} is reached"
-        return self.limits.reached()
+        if limits.done >= limits.experiments:
+            return f"{count(limits.done)} done"
+        if limits.hours_spent >= limits.hours:
+            return f"{limits.hours:g} hours are over"
+        spent = limits.dollars_spent
+        return f"${spent:.2f} of ${limits.dollars:g} are spent" if spent >= limits.dollars else None

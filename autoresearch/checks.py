@@ -144,10 +144,10 @@ def check_git(setup: Setup) -> str:
         raise UserError(f"a branch named autoresearch is in the way: {cure}", 2)
     if below := checkout.refs(f"{branch}/"):
         raise UserError(f"{below[0]} is in the way of the run's branch: take another --tag", 2)
-    if checkout.head_branch() == branch:
+    if checkout.git("rev-parse", "--symbolic-full-name", "HEAD").strip() == branch:
         why = f"your checkout is on autoresearch/{tag}, which the loop moves"
         raise UserError(f"{why}: `git switch -` first")
-    if setup.journal.is_new():
+    if not checkout.refs(f"{REFS}/{tag}"):
         check_committed(checkout, setup.task)
     check_free(setup.journal.lock, f"the run {tag}")
     return f"{run_git('version').strip()}; the run would be {tag}"
@@ -259,13 +259,13 @@ def measure_thrice(setup: Setup) -> list[Run]:
             alive = Path(tmp, "alive")
             spec = run_spec(conditions, checkout, alive, commit, guard=number == 0)
             outcome = Job(Path(tmp, str(number)), spec, os.environ).result() or {}
-            run = Run(**outcome["run"]) if "run" in outcome else Run(crash="its job is lost")
+            lost = {"crash": outcome.get("trouble", "its job is lost")}
+            run = Run(**outcome.get("run", lost))
             if run.score is None:
-                said = outcome.get("trouble") or run.crash
                 unknown = [path for path in checkout.unknown() if not path.startswith(OURS)]
                 lacks = one_line(", ".join(unknown), 100)
                 why = f"(a clean tree lacks {lacks}: $AUTORESEARCH_CHECKOUT is yours)"
-                raise UserError(f"{said} {why}" if lacks else said)
+                raise UserError(f"{run.crash} {why}" if lacks else run.crash)
             runs.append(run)
     return runs
 
@@ -368,7 +368,7 @@ def open_checkout(root: Path) -> Repo:
 
 def check_name(checkout: Repo, tag: str) -> None:
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag)
-    if not plain or not checkout.allows(f"refs/heads/autoresearch/{tag}"):
+    if not plain or not checkout.succeeds("check-ref-format", f"refs/heads/autoresearch/{tag}"):
         why = f"--tag {tag!r} cannot be part of a branch's name"
         raise UserError(f"{why}: use letters, digits, '-' and '_'", 2)
 

@@ -88,21 +88,6 @@ class Repo:
         """The names of the refs at or under a prefix, even of those that lead nowhere."""
         return self.git("for-each-ref", "--format=%(refname)", prefix).split()
 
-    def contains(self, commit: str, ancestor: str) -> bool:
-        """Whether the history of `commit` includes `ancestor`; each includes itself."""
-        return self.succeeds("merge-base", "--is-ancestor", ancestor, commit)
-
-    def allows(self, ref: str) -> bool:
-        """Whether git would take this for the name of a ref."""
-        return self.succeeds("check-ref-format", ref)
-
-    def head_branch(self) -> str:
-        """The full name of the branch of HEAD, or empty."""
-        try:
-            return self.git("symbolic-ref", "--quiet", "HEAD").strip()
-        except GitError:
-            return ""
-
     def succeeds(self, *args: str) -> bool:
         try:
             self.git(*args)

@@ -94,9 +94,6 @@ class Journal(Record):
         first, *others = COLUMNS
         return "\t".join([first, self.task.metric, *others]) + "\n"
 
-    def is_new(self) -> bool:
-        return not self.checkout.refs(f"{REFS}/{self.tag}")
-
     def store(self, text: str) -> str:
         """The blob of a text, a program.md or a task."""
         if text not in self.blobs:
@@ -139,7 +136,7 @@ class Journal(Record):
         branch = f"refs/heads/{self.branch}"
         self.checkout.unlock(branch, f"{REFS}/{self.tag}/*")
         tip = self.checkout.resolve(branch)
-        if tip and not self.checkout.contains(self.base, tip):
+        if tip and not self.checkout.succeeds("merge-base", "--is-ancestor", tip, self.base):
             raise UserError(
                 f"the branch {self.branch} has commits that are no experiments: keep them with "
                 f"`git branch mine {tip}`, then `git update-ref -d {branch}`"

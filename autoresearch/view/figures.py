@@ -49,7 +49,8 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
     kept = [e for e in history if e.verdict == "keep" and e.score is not None]
     if not (best := best_of(kept)):
         return None
-    gaps = [(seconds_between(a, b), b) for a, b in pairwise(history)]
+    ends = [datetime.fromisoformat(e.finished).timestamp() for e in history]
+    gaps = [(end - start, e) for (start, end), e in zip(pairwise(ends), history[1:], strict=True)]
     worked = [(gap, gap - e.minutes * 60) for gap, e in gaps if gap - e.minutes * 60 < PAUSE]
     scored = [e for e in history if e.score is not None]
     runs, training, evaluation = (
@@ -79,11 +80,6 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
         gpu_dollars=sum(gpu) if gpu else None,
         at_least=any(e.usage.cost_usd is None for e in history[1:]),
     )
-
-
-def seconds_between(before: Experiment, after: Experiment) -> float:
-    start, end = (datetime.fromisoformat(e.finished) for e in (before, after))
-    return (end - start).total_seconds()
 
 
 def sum_fact(experiments: Sequence[Experiment], name: str) -> float:

@@ -6,13 +6,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from autoresearch.files import lock_owner, tail, write_whole
-from autoresearch.journal.experiment import Experiment
+from autoresearch.files import lock_owner, one_line, tail, write_whole
+from autoresearch.journal.experiment import Experiment, score
 from autoresearch.journal.journal import LOCK
 from autoresearch.task import Arena, Machine, Progress, read_progress
 from autoresearch.view import events
 from autoresearch.view.events import Event
-from autoresearch.view.figures import figures
+from autoresearch.view.figures import count, figures
 
 NOW = "now.json"  # in the folder of a run
 
@@ -20,13 +20,12 @@ NOW = "now.json"  # in the folder of a run
 @dataclass(frozen=True)
 class Phase:
     """What the driver does: `preparing`, `asking`, `training`, `refereeing`, `waiting`, `stopped`,
-    or nothing yet. Times are seconds since 1970; `turn` is 0 for the idea, 1 and 2 for its repairs;
-    `detail` is the idea or the reason."""
+    or nothing yet; that in words; the idea that it is about. Times are seconds since 1970."""
 
     name: str = ""
     number: int = 0
-    turn: int = 0
-    detail: str = ""
+    words: str = ""
+    idea: str = ""
     since: float = 0.0
     until: float | None = None
 
@@ -42,7 +41,6 @@ class Status:
     budget: float = 0.0  # seconds of training
     agent_limit: float = 0.0  # seconds of a call
     gpu: str = ""
-    dollars: float = 0.0  # spent by a call of the driver that has ended
     experiments: tuple[Experiment, ...] = ()
 
 
@@ -51,25 +49,37 @@ def update(status: Status, event: Event, now: float) -> Status:
     phase = status.phase
     match event:
         case events.Preparing(arena):
-            status, phase = replace(status, arena=arena), Phase("preparing", since=now)
+            words = f"preparing the arena {arena}".rstrip()
+            status, phase = replace(status, arena=arena), Phase("preparing", 0, words, "", now)
         case events.Started():
             status = with_facts(status, event.agent, event.arena, event.machine)
             status = replace(status, agent_limit=event.agent_limit, experiments=event.history)
             phase = Phase(since=now)
         case events.Asking(number, turn):
-            phase = Phase("asking", number, turn, phase.detail if turn else "", now)
+            idea = phase.idea if turn else ""
+            repair = f" for repair {turn} of: {idea}" if turn else ""
+            words, until = f"{number:04d} asking {status.agent}{repair}", now + status.agent_limit
+            phase = Phase("asking", number, words, idea, now, until)
         case events.Training(number, idea):
-            phase = Phase("training", number, 0, idea, now)
+            phase = Phase("training", number, f"{number:04d} running: {idea}", idea, now)
         case events.Refereeing(number):
-            phase = Phase("refereeing", number, 0, phase.detail, now)
+            words = f"{number:04d} the guard looks at it: {phase.idea}"
+            phase = Phase("refereeing", number, words, phase.idea, now)
         case events.Settled(experiment):
             status = replace(status, experiments=(*status.experiments, experiment))
             phase = Phase(since=now)
         case events.Waiting(why, until):
-            phase = Phase("waiting", 0, 0, why, now, until.timestamp())
-        case events.Stopped(reason):
-            status = replace(status, dollars=event.dollars)
-            phase = Phase("stopped", 0, 0, reason, now)
+            at = f"{until.astimezone():%H:%M:%S of %d %b}"
+            words = f"waiting until {at}: {one_line(why, 500)}"
+            phase = Phase("waiting", 0, words, phase.idea, now, until.timestamp())
+        case events.Stopped(reason, experiments, best, dollars):
+            words = f"stopped: {reason}"
+            if dollars:
+                words += f"; ${dollars:.2f} spent"
+            words += f"; {count(experiments)} recorded in this call"
+            if best:
+                words += f"; best {score(best)}, experiment {best.number}: {best.description}"
+            phase = Phase("stopped", 0, words, "", now)
     return replace(status, phase=phase)
 
 

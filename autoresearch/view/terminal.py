@@ -65,7 +65,7 @@ class Display:
             self.open()
         if isinstance(event, events.Stopped):
             self.close()
-        said = f"{datetime.now():%H:%M:%S}  {line(event)}"
+        said = f"{datetime.now():%H:%M:%S}  {line(event, self.status.phase.words)}"
         if self.live is None:
             style = STYLES[event.experiment.verdict] if isinstance(event, events.Settled) else ""
             self.console.print(said, style=style)
@@ -117,8 +117,8 @@ def render(status: Status, progress: Progress | None, now: float, note: str = ""
         best = (e.score if e.verdict == "keep" else e.incumbent for e in status.experiments)
         curve = sparkline([value for value in best if value is not None])
         parts.append(Text.assemble((curve, "green"), ("  best so far", "dim")))
-    words, done, said = describe_phase(status, progress, now)
-    parts += ["", one_row(words)]
+    done, said = how_far(status, progress, now)
+    parts += ["", one_row(status.phase.words)]
     if said:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(1.0, min(done, 1.0), width=30), f"{min(done, 1.0):4.0%}", said)
@@ -151,36 +151,18 @@ def headline(f: Figures) -> Iterator[Text]:
         yield one_row(f"spent: {spent}", style="dim")
 
 
-def describe_phase(status: Status, progress: Progress | None, now: float) -> tuple[str, float, str]:
-    """The phase in words; what part of it is done, and what to say of that, where it is known."""
+def how_far(status: Status, progress: Progress | None, now: float) -> tuple[float, str]:
+    """What part of the phase is done, and what to say of that; empty where nobody can know."""
     p, elapsed = status.phase, max(now - status.phase.since, 0.0)
-    number = f"{p.number:04d}"
-    match p.name:
-        case "preparing":
-            return f"preparing the arena {status.arena}".rstrip(), 0.0, ""
-        case "asking":
-            repair = f" for repair {p.turn} of: {p.detail}" if p.turn else ""
-            said = f"{duration(elapsed)} of {duration(status.agent_limit)} at most"
-            words = f"{number} asking {status.agent}{repair}"
-            return words, elapsed / (status.agent_limit or 1), said
-        case "training" if progress:
-            done = progress.percent / 100
-            left = duration(status.budget * (1 - done))
-            speed = f"  {progress.speed / 1000:,.0f}k tok/s" if progress.speed else ""
-            said = f"loss {progress.loss:.3f}{speed}  {left} left"
-            return f"{number} running: {p.detail}", done, said
-        case "training":
-            return f"{number} running: {p.detail}", 0.0, f"starting, {duration(elapsed)}"
-        case "refereeing":
-            return f"{number} the guard looks at it: {p.detail}", 0.0, ""
-        case "waiting" if p.until:
-            done = elapsed / max(p.until - p.since, 1)
-            words = f"waiting until {datetime.fromtimestamp(p.until):%H:%M:%S of %d %b}: {p.detail}"
-            return words, done, f"{duration(max(p.until - now, 0))} left"
-        case "stopped":
-            spent = f"; ${status.dollars:.2f} spent" if status.dollars else ""
-            return f"stopped: {p.detail}{spent}", 0.0, ""
-    return "", 0.0, ""
+    if progress:
+        done = progress.percent / 100
+        left = duration(status.budget * (1 - done))
+        speed = f"  {progress.speed / 1000:,.0f}k tok/s" if progress.speed else ""
+        return done, f"loss {progress.loss:.3f}{speed}  {left} left"
+    if p.until:
+        whole = max(p.until - p.since, 1.0)
+        return elapsed / whole, f"{duration(elapsed)} of {duration(whole)} at most"
+    return 0.0, f"starting, {duration(elapsed)}" if p.name == "training" else ""
 
 
 def table(experiments: Sequence[Experiment]) -> Table:
@@ -218,9 +200,7 @@ def standing(status: Status, folder: Path) -> RenderableType:
     note = f"running, {holder}" if holder else "not running"
     if now == "died":
         note += ": the driver ended without a word; the same command resumes it"
-        p = status.phase
-        at = f"at {p.name} {p.number:04d} {p.detail}".strip()
-        status = replace(status, phase=Phase("stopped", detail=at))
+        status = replace(status, phase=Phase(words=f"stopped at: {status.phase.words}"))
     return render(status, progress(status, folder), time.time(), note)
 
 
@@ -228,34 +208,23 @@ def standing(status: Status, folder: Path) -> RenderableType:
 # A line for each event
 
 
-def line(event: Event) -> str:
+def line(event: Event, words: str) -> str:
+    """`words`: the phase that the event has led to, which says it all for most of them."""
     match event:
         case events.Note(text):
             return text
-        case events.Preparing(arena):
-            return f"preparing the arena {arena}".rstrip()
         case events.Started():
             return describe_start(event)
         case events.Asking(number, 0):
             return f"{number:04d} asking the agent"
         case events.Asking(number, attempt, crash):
             return f"{number:04d} crashed: {one_line(crash)}; asking for repair {attempt}"
-        case events.Training(number, description):
-            return f"{number:04d} running: {description}"
         case events.Refereeing(number, claimed):
             return f"{number:04d} would be kept with {show(claimed)}; the guard looks at it"
         case events.Settled(e, commit):
             change = f" ({difference(e)})" if difference(e) else ""
             return f"{e.number:04d} {e.verdict:7s} {score(e)}{change} {e.headline} ({commit[:10]})"
-        case events.Waiting(why, until):
-            at = f"{until.astimezone():%H:%M:%S of %d %b}"
-            return f"waiting until {at}: {one_line(why, 500)}"
-        case events.Stopped(reason, experiments, best, dollars):
-            found = ""
-            if best:
-                found = f"; best {score(best)}, experiment {best.number}: {best.description}"
-            spent = f"; ${dollars:.2f} spent" if dollars else ""
-            return f"stopped: {reason}; {count(experiments)} recorded in this call{spent}{found}"
+    return words
 
 
 def describe_start(event: events.Started) -> str:

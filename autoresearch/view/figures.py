@@ -65,8 +65,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
         "own": sum(max(own, 0.0) for _, own in worked),
     }
     costs = [e.usage.cost_usd for e in history if e.usage.cost_usd is not None]
-    rates = [e.facts.get("gpu_usd_per_hour") for e in history]
-    gpu = [rate * e.minutes / 60 for rate, e in zip(rates, history, strict=True) if rate]
+    gpu = [rate * e.minutes / 60 for e in history if (rate := e.facts.get("gpu_usd_per_hour"))]
     verdicts = [e.verdict for e in history[1:]]
     return Figures(
         baseline=kept[0].score or 0.0,

@@ -214,21 +214,19 @@ def boxes(f: Figures, experiments: Sequence[Experiment]) -> dict[str, str]:
     """The headline: values by their captions."""
     since = count(experiments[-1].number - f.best.number)
     verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
+    share = f"{f.change / abs(f.baseline):+.2%}" if f.baseline else "from 0"
+    best = short(f.best.score or 0.0)
     return {
-        f"best {f.best.metric}, of experiment {f.best.number}, {since} ago": short(f.best.score),
-        f"{f.change:+.4f} from the baseline's {short(f.baseline)}": share(f),
+        f"best {f.best.metric}, of experiment {f.best.number}, {since} ago": best,
+        f"{f.change:+.4f} from the baseline's {short(f.baseline)}": share,
         f"experiments after the baseline: {verdicts}": f"{f.experiments}",
         f"of work, {f.hourly:.1f} experiments an hour": duration(sum(f.seconds.values())),
         "spent, see below": money(f).partition(" (")[0] or "unknown",
     }
 
 
-def short(score: float | None) -> str:
-    return f"{score or 0.0:.4f}" if abs(score or 0.0) >= 0.1 else f"{score or 0.0:.3g}"
-
-
-def share(f: Figures) -> str:
-    return f"{f.change / abs(f.baseline):+.2%}" if f.baseline else "from 0"
+def short(score: float) -> str:
+    return f"{score:.4f}" if abs(score) >= 0.1 else f"{score:.3g}"
 
 
 def belief(f: Figures, experiments: Sequence[Experiment], tie: float) -> list[str]:

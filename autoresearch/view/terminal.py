@@ -69,10 +69,8 @@ class Display:
         if self.live is None:
             style = STYLES[event.experiment.verdict] if isinstance(event, events.Settled) else ""
             self.console.print(said, style=style)
-        else:
-            if isinstance(event, events.Note):
-                self.notes = [*self.notes[-99:], said]
-            self.live.refresh()
+        elif isinstance(event, events.Note):
+            self.notes = [*self.notes[-99:], said]
 
     def open(self) -> None:
         self.live = Live(

@@ -195,7 +195,7 @@ def check_gpu(setup: Setup) -> str:
     check_free(lock_of_device(machine.uuid or "cpu"), machine.gpu or "the CPU")
     if not machine.gpu:
         return "none is needed"
-    capability, memory = gpu.capability(machine), gpu.memory(machine)
+    capability, memory = gpu.capability(machine), gpu.memory(machine, "total")
     if capability and capability < CAPABILITY:
         needed = f"train.py needs {CAPABILITY:g} (Ampere, 2020) or newer"
         why = f"{machine.gpu} has compute capability {capability:g}, and {needed}"

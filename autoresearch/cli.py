@@ -236,7 +236,7 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
         tree=tree,
         conditions=setup.conditions(start, arena, limit),
         machine=machine,
-        idle=gpu.used(machine),
+        idle=gpu.memory(machine, "used"),
         agent=setup.agent,
         agent_limit=options.agent_timeout,
         limits=limits,

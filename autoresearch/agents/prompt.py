@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from autoresearch.files import one_line
 from autoresearch.ideas import FACTS, Run
-from autoresearch.journal.experiment import Experiment, difference, score
+from autoresearch.journal.experiment import Experiment, score, signed
 from autoresearch.task import Task
 
 KEPT = 30  # experiments listed as the way to the incumbent: the largest gains and the latest
@@ -217,10 +217,6 @@ def nudge(experiments: list[Experiment]) -> str:
 
 def gain(e: Experiment) -> float:
     return e.gain or 0.0
-
-
-def signed(e: Experiment) -> str:
-    return f" ({difference(e)})" if e.gain is not None else ""
 
 
 def printable(text: str) -> str:

@@ -95,19 +95,12 @@ def capability(machine: Machine) -> float | None:
     return None
 
 
-def memory(machine: Machine) -> int | None:
-    """MiB of the GPU's memory; None for a slice, and where it is the CPU's own (GB10)."""
-    if not machine.is_slice:
-        with suppress(OSError, IndexError):
-            return megabytes(query("--query-gpu=memory.total", machine.card)[0][0]) or None
-    return None
-
-
-def used(machine: Machine) -> int:
-    """MiB of the GPU's memory in use; 0 without a GPU, and for a slice."""
+def memory(machine: Machine, kind: str) -> int:
+    """MiB of the GPU's memory, `total` or `used`; 0 without a GPU, for a slice, and where it is the
+    CPU's own (GB10)."""
     if not machine.gpu or machine.is_slice:
         return 0
-    return sum(megabytes(row[0]) for row in query("--query-gpu=memory.used", machine.card))
+    return sum(megabytes(row[0]) for row in query(f"--query-gpu=memory.{kind}", machine.card))
 
 
 def megabytes(cell: str) -> int:
@@ -131,7 +124,7 @@ def find_users(machine: Machine, idle: int | None) -> str:
     try:
         apps = query("--query-compute-apps=pid,process_name,used_memory", machine.card)
         taken = sum(megabytes(row[-1]) for row in apps)
-        unknown = 0 if idle is None else used(machine) - idle - taken
+        unknown = 0 if idle is None else memory(machine, "used") - idle - taken
     except OSError as error:
         return str(error)
     if taken > ROOM:

@@ -110,6 +110,11 @@ def difference(e: Experiment) -> str:
     return f"{e.score - e.incumbent:+{'.6f' if e.goal == OLD else '.6g'}}"
 
 
+def signed(e: Experiment) -> str:
+    """That in brackets, after a score."""
+    return f" ({difference(e)})" if e.gain is not None else ""
+
+
 # --------------------------------------------------------------------------------------------------
 # As a commit message
 

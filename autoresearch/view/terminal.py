@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoresearch.files import one_line, uninterrupted
-from autoresearch.journal.experiment import Experiment, difference, score, show
+from autoresearch.journal.experiment import Experiment, difference, score, show, signed
 from autoresearch.task import Progress
 from autoresearch.view import events
 from autoresearch.view.events import Event
@@ -220,8 +220,8 @@ def line(event: Event, words: str) -> str:
         case events.Refereeing(number, claimed):
             return f"{number:04d} would be kept with {show(claimed)}; the guard looks at it"
         case events.Settled(e, commit):
-            change = f" ({difference(e)})" if difference(e) else ""
-            return f"{e.number:04d} {e.verdict:7s} {score(e)}{change} {e.headline} ({commit[:10]})"
+            said = f"{e.number:04d} {e.verdict:7s} {score(e)}{signed(e)}"
+            return f"{said} {e.headline} ({commit[:10]})"
     return words
 
 

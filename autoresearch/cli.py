@@ -248,7 +248,7 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
 # Questions about a run, answered from git and from the disk
 
 
-def status(options: argparse.Namespace, research: Research) -> int:
+def status(options: argparse.Namespace, research: Research) -> None:
     tag, history = past(options)
     folder = runs_of(options.root) / tag
     now = load(folder / NOW, tag, [e for _, e in history])
@@ -256,20 +256,18 @@ def status(options: argparse.Namespace, research: Research) -> int:
         print(json.dumps(facts(now, folder), indent=1, default=str))
     else:
         Console().print(standing(now, folder))
-    return 0
 
 
-def report(options: argparse.Namespace, research: Research) -> int:
+def report(options: argparse.Namespace, research: Research) -> None:
     task = read_task(options.root)
     if options.results:
         points = read_table(options.results)
         draw(points, str(options.results), Path("progress.png"), task.metric, task.higher)
         print("progress.png")
-        return 0
+        return
     tag, history = past(options)
     checkout = checks.open_checkout(options.root)
     print(*write_report(checkout, task, history, runs_of(options.root) / tag), sep="\n")
-    return 0
 
 
 def doctor(options: argparse.Namespace, research: Research) -> int:
@@ -282,13 +280,12 @@ def doctor(options: argparse.Namespace, research: Research) -> int:
     return int(any(state == "fail" for _, state, _ in findings))
 
 
-def show_prompt(options: argparse.Namespace, research: Research) -> int:
+def show_prompt(options: argparse.Namespace, research: Research) -> None:
     tag, history = past(options)
     if not history:
         raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
     program = read_program(checks.open_checkout(options.root), "HEAD")
     print(prompt.brief(read_task(options.root), program, [e for _, e in history]), end="")
-    return 0
 
 
 def past(options: argparse.Namespace) -> tuple[str, History]:
@@ -311,8 +308,8 @@ def past(options: argparse.Namespace) -> tuple[str, History]:
     return last, mine
 
 
-# Of each command: its function, its description
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Research], int], str]] = {
+# Of each command: its function, which returns an exit code or nothing, its description
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Research], int | None], str]] = {
     "run": (run, "start or resume a run, and stay with it until a limit is reached"),
     "status": (status, "print where a run stands, while it runs and after"),
     "report": (report, "write progress.png and report.html of a run"),
@@ -336,7 +333,7 @@ def main(research: Research, argv: list[str] | None = None, root: Path | None = 
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         options.root = root if root and not options.root else checks.top_of(options.root or Path())
-        return COMMANDS[options.command][0](options, research)
+        return COMMANDS[options.command][0](options, research) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # of `loop.py prompt | head`

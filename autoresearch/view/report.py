@@ -130,11 +130,8 @@ def draw(points: Sequence[Point], title: str, path: Path, metric: str, higher: b
             drawn.set(color=color, label=label, clip_on=False)
     axes.set(xlabel="experiment", ylabel=f"{metric} ({'higher' if higher else 'lower'} is better)")
     axes.set(ylim=(curve.high, curve.low) if higher else (curve.low, curve.high))
-    if higher:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{-value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{-value if higher else value:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if not higher:
-        axes.ticklabel_format(useOffset=False)
     axes.set_title(one_line(title, 150), loc="left", fontsize=9, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(1.0, 0.0))

@@ -63,6 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("-C", metavar="DIR", dest="root", type=Path, help=about)
         if name in ("run", "doctor"):
             add_run_options(command)
+            command.set_defaults(**DEMO if "--demo" in argv else {})
         else:
             add("--tag", help="name of the run (default: the one that was active last)")
         if name == "status":
@@ -87,14 +88,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         add(name, action="store_true", help=about)
 
     shell = "any shell command: prompt on standard input, idea on its last line of output"
-    add("--tag", help=f"name of the run and its branch (default: {today()})")
+    add("--tag", default=today(), help="name of the run and its branch (default: %(default)s)")
     add("--agent", help=f"{', '.join(AGENTS)}, random, or {shell} (default: the first installed)")
     add("--model", metavar="NAME", help="which model the agent uses (default: its own)")
     about = "what the task works on, given to it as AUTORESEARCH_ARENA (default: its own)"
-    add("--arena", help=about)
+    add("--arena", default="", help=about)
     add("--gpu", metavar="N", type=natural_number, help="which GPU (default: the first)")
     about = "stop after so many, the baseline not counted"
-    add("--experiments", metavar="N", type=natural_number, help=about)
+    add("--experiments", metavar="N", type=natural_number, default=math.inf, help=about)
     add("--until", metavar="SCORE", type=float, help="stop when a score is this good")
     limit("--hours", "H", "start no experiment after so many hours", math.inf)
     about = "start no experiment after this call spent so many, on the agent and on a priced GPU"
@@ -127,11 +128,7 @@ def positive(text: str) -> float:
 
 
 def settle_options(options: argparse.Namespace) -> checks.Setup:
-    """Fill in the defaults, in the options and in the environment of all jobs."""
-    usual = {"tag": today(), "arena": "", "experiments": math.inf}
-    for name, value in (usual | DEMO if options.demo else usual).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    """Make options and environment mean the same to every job; UserError for a wrong one."""
     if os.sep in options.arena:  # the same from another folder
         options.arena = str(Path(options.arena).expanduser().resolve())
     least = PACE.shortest_limit

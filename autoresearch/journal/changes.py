@@ -82,11 +82,8 @@ def fingerprint(source: bytes) -> str:
 
 def source_of(repo: Repo, task: Task, commit: str) -> str:
     """The fingerprint of the files that may change, in a commit."""
-    if task.only_file:
-        content = repo.show(commit, task.only_file)
-        if task.only_file.endswith(".py"):
-            return fingerprint(content)
-        return hashlib.sha256(content).hexdigest()[:16]
+    if task.only_file.endswith(".py"):
+        return fingerprint(repo.show(commit, task.only_file))
     listed = sorted(item for item in repo.blobs(commit).items() if task.may_edit(item[0]))
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 

@@ -21,6 +21,7 @@ from autoresearch.agents.prompt import outcome, printable, tried
 from autoresearch.files import UserError, one_line, tail, write_whole
 from autoresearch.journal.experiment import Experiment, difference, show, write
 from autoresearch.journal.git import Repo
+from autoresearch.journal.journal import History
 from autoresearch.task import Task
 from autoresearch.view.figures import Figures, count, duration, figures, money
 
@@ -28,8 +29,6 @@ GREEN, GREY, ORANGE, RED = "#188038", "#9aa0a6", "#b06000", "#c5221f"
 LARGEST = 16  # gains named in the chart and on the page
 MAX_DIFF = 20_000  # characters shown
 MAX_LOG = 3_000  # characters shown, of its end
-
-History = Sequence[tuple[str, Experiment]]  # with their commits
 
 
 @dataclass(frozen=True)

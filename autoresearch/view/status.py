@@ -11,7 +11,6 @@ from autoresearch.journal.experiment import Experiment, score
 from autoresearch.journal.journal import LOCK
 from autoresearch.task import Arena, Machine, Progress, read_progress
 from autoresearch.view import events
-from autoresearch.view.events import Event
 from autoresearch.view.figures import count, figures
 
 NOW = "now.json"  # in the folder of a run
@@ -44,7 +43,7 @@ class Status:
     experiments: tuple[Experiment, ...] = ()
 
 
-def update(status: Status, event: Event, now: float) -> Status:
+def update(status: Status, event: events.Event, now: float) -> Status:
     """The status after an event."""
     phase = status.phase
     match event:

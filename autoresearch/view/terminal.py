@@ -19,7 +19,6 @@ from autoresearch.files import one_line, uninterrupted
 from autoresearch.journal.experiment import Experiment, difference, score, show, signed
 from autoresearch.task import Progress
 from autoresearch.view import events
-from autoresearch.view.events import Event
 from autoresearch.view.figures import Figures, count, duration, figures, money, shares
 from autoresearch.view.status import NOW, Phase, Status, progress, save, state, update
 
@@ -57,7 +56,7 @@ class Display:
         self.live: Live | None = None
         self.notes: list[str] = []  # events that the live view would not show a moment later
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         before, self.status = self.status, update(self.status, event, time.time())
         if self.status != before:
             save(self.status, self.folder / NOW)
@@ -206,7 +205,7 @@ def standing(status: Status, folder: Path) -> RenderableType:
 # A line for each event
 
 
-def line(event: Event, words: str) -> str:
+def line(event: events.Event, words: str) -> str:
     """`words`: the phase that the event has led to, which says it all for most of them."""
     match event:
         case events.Note(text):

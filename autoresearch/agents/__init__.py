@@ -37,7 +37,11 @@ def find_agent(root: Path, text: str | None, model: str | None = None) -> Agent:
     """An agent by its name, or any shell command; by default the first that is installed; with a
     repository's prices. UserError when there is none, or none of that name."""
     if text is None:
-        agent = first_installed()
+        installed = [agent for agent in AGENTS.values() if shutil.which(agent.command[0])]
+        if not installed:
+            cure = f"{claude.AGENT.install}, or give --agent 'any command' or --agent random"
+            raise UserError(f"no coding agent is installed ({', '.join(AGENTS)}): {cure}", 2)
+        agent = installed[0]
     elif text in AGENTS:
         agent = AGENTS[text]
         if not shutil.which(agent.command[0]):
@@ -49,27 +53,17 @@ def find_agent(root: Path, text: str | None, model: str | None = None) -> Agent:
     return replace(agent, model=model, price=read_prices(root).get(model or agent.name))
 
 
-def first_installed() -> Agent:
-    for agent in AGENTS.values():
-        if shutil.which(agent.command[0]):
-            return agent
-    cure = f"{claude.AGENT.install}, or give --agent 'any command' or --agent random"
-    raise UserError(f"no coding agent is installed ({', '.join(AGENTS)}): {cure}", 2)
-
-
 def shell_command(text: str) -> Agent:
     """Any command line; UserError when its first word is no command. A path is relative to the
     current folder, not to the agent's tree."""
     name = one_line(text, 80)
-    plain = re.match(r"\s*([\w./+-]+)(?=\s|$)", text)  # the first word, unless it is more shell
-    word = plain[1] if plain else ""
-    known = bool(text.strip()) and (not plain or is_command(word))
-    if os.sep in word:
-        if not known:
+    first = re.match(r"\s*([\w./+-]+)(?=\s|$)", text)  # the first word, unless it is more shell
+    if first and os.sep in first[1]:
+        word = first[1]
+        if not shutil.which(word):
             raise UserError(f"no program at {word}: no such file, or `chmod +x {word}`", 2)
-        assert plain
-        text = shlex.quote(str(Path(word).absolute())) + text[plain.end() :]
-    if not known:
+        text = shlex.quote(str(Path(word).absolute())) + text[first.end() :]
+    elif not text.strip() or (first and not is_command(first[1])):
         names = ", ".join([*AGENTS, "random"])
         cure = f"give one of {names}, or a command that is installed"
         raise UserError(f"unknown agent {name!r}: {cure}", 2)
@@ -77,9 +71,7 @@ def shell_command(text: str) -> Agent:
 
 
 def is_command(word: str) -> bool:
-    """Whether a word is the path of a program, or the shell knows it, even as a builtin."""
-    if os.sep in word:
-        return Path(word).is_file() and os.access(word, os.X_OK)
+    """Whether the shell knows a word, even as a builtin."""
     command = ["/bin/sh", "-c", 'command -v -- "$0"', word]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 

@@ -1,17 +1,19 @@
 """An agent as data: its command line, and the reader of its output."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from autoresearch.agents.fields import Json, parse
 from autoresearch.files import one_line, tail
 from autoresearch.pace import PACE
 
+Json = Any
 SILENT = "no reason given"
 # errors of a reader where a CLI of another version put something else
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
@@ -109,3 +111,39 @@ class Agent:
     dollars: bool = False  # whether it says what a call cost
     model: str | None = None
     price: tuple[float, float, float] | None = None  # of a million tokens: in, cached in, out
+
+
+# --------------------------------------------------------------------------------------------------
+# Fields of JSON that another program wrote, by dotted paths; unknown if it has something else
+
+
+def parse(line: str) -> Json:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def get(value: Json, path: str) -> Json:
+    """A value deep in objects, or None where one of the steps is missing."""
+    for step in path.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def string(value: Json, path: str) -> str:
+    found = get(value, path)
+    return found if isinstance(found, str) else ""
+
+
+def amount(values: list[Json], *paths: str) -> float | None:
+    """The sum of numbers at these paths in these objects; None where there is none."""
+    found = [get(value, path) for value in values for path in paths]
+    numbers = [n for n in found if isinstance(n, int | float) and not isinstance(n, bool)]
+    known = [number for number in numbers if 0 <= number < math.inf]
+    return float(sum(known)) if known else None
+
+
+def count(values: list[Json], *paths: str) -> int | None:
+    total = amount(values, *paths)
+    return None if total is None else int(total)

@@ -2,8 +2,7 @@
 
 import re
 
-from autoresearch.agents.agent import Agent, Answer, Output, words
-from autoresearch.agents.fields import amount, count
+from autoresearch.agents.agent import Agent, Answer, Output, amount, count, words
 
 
 def read(output: Output) -> Answer:

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-from autoresearch.agents.agent import UNREADABLE, Agent, Answer, Output
-from autoresearch.agents.fields import parse
+from autoresearch.agents.agent import UNREADABLE, Agent, Answer, Output, parse
 from autoresearch.agents.trouble import classify
 from autoresearch.files import one_line, tail
 from autoresearch.ideas import Failed, Hopeless, Reply, Trouble, Usage

@@ -1,7 +1,6 @@
 """Codex."""
 
-from autoresearch.agents.agent import SILENT, Agent, Answer, Output, words
-from autoresearch.agents.fields import count, string
+from autoresearch.agents.agent import SILENT, Agent, Answer, Output, count, string, words
 
 
 def read(output: Output) -> Answer:

@@ -1,7 +1,6 @@
 """Gemini CLI."""
 
-from autoresearch.agents.agent import SILENT, Agent, Answer, Output, words
-from autoresearch.agents.fields import count, get, string
+from autoresearch.agents.agent import SILENT, Agent, Answer, Output, count, get, string, words
 
 
 def read(output: Output) -> Answer:

@@ -1,7 +1,6 @@
 """opencode."""
 
-from autoresearch.agents.agent import SILENT, Agent, Answer, Output, words
-from autoresearch.agents.fields import amount, count, string
+from autoresearch.agents.agent import SILENT, Agent, Answer, Output, amount, count, string, words
 
 
 def read(output: Output) -> Answer:

@@ -2,8 +2,7 @@
 
 import re
 
-from autoresearch.agents.agent import Agent, Answer, Output, words
-from autoresearch.agents.fields import amount, count, get, string
+from autoresearch.agents.agent import Agent, Answer, Output, amount, count, get, string, words
 
 
 def read(output: Output) -> Answer:

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from autoresearch.agents import claude
-from autoresearch.agents.agent import SILENT, Agent, Answer, Output, words
-from autoresearch.agents.fields import count, string
+from autoresearch.agents.agent import SILENT, Agent, Answer, Output, count, string, words
 
 
 def read(output: Output) -> Answer:

@@ -124,15 +124,13 @@ def lock(path: Path, what: str, task: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     with path.open() as file:  # for reading: a file open for writing keeps a disk mounted
-        for last in (False, False, True):
-            try:
+        for _ in range(3):  # `lock_owner` holds it for an instant
+            with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if last:
-                    owner = lock_owner(path) or "another process"
-                    raise UserError(f"{what} is taken by {owner}") from None
-                time.sleep(0.1)  # `lock_owner` holds it for an instant
+            time.sleep(0.1)
+        else:
+            raise UserError(f"{what} is taken by {lock_owner(path) or 'another process'}")
         path.write_text(f"process {os.getpid()} on {os.uname().nodename}, {task}")
         yield
 

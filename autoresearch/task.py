@@ -94,9 +94,8 @@ class Task:
 
     def to_beat(self, incumbent: float | None) -> float:
         """The worst score that could be kept."""
-        worst = -math.inf if self.higher else math.inf
         if incumbent is None:
-            return worst
+            return -math.inf if self.higher else math.inf
         slack = self.tie + 1e-6  # with room for the digits that a printed score leaves out
         return incumbent - slack if self.higher else incumbent + slack
 
@@ -106,15 +105,15 @@ class Task:
         """Whether a score is kept; none is not. `lines` is the net change.
 
         A gain of more than a tie is kept. A tie is kept only where it removes lines, and only
-        within a tie of the best ever kept, so that a row of ties cannot drift. Without an
-        incumbent, any score is kept.
+        within a tie of the best ever kept, the incumbent among them, so that a row of ties cannot
+        drift. Without an incumbent, any score is kept.
         """
         if score is None or incumbent is None or best is None:
             return score is not None
-        gain = self.gain(score, incumbent)
-        digits = 1e-9 * max(abs(score), abs(incumbent))  # that binary fractions do not hold
-        simpler = gain >= -self.tie - digits and lines < 0
-        return gain > self.tie + digits or (simpler and self.gain(best, score) <= self.tie + digits)
+        # with digits that binary fractions do not hold
+        tie = self.tie + 1e-9 * max(abs(score), abs(incumbent))
+        simpler = lines < 0 and self.gain(best, score) <= tie
+        return simpler or self.gain(score, incumbent) > tie
 
 
 def as_regex(pattern: str) -> str:

@@ -62,7 +62,8 @@ class Experiment:
         """How much better than the incumbent of its time; None without a score or an incumbent."""
         if self.score is None or self.incumbent is None:
             return None
-        return better_by(self, self.score, self.incumbent)
+        change = self.score - self.incumbent
+        return change if self.higher else -change
 
     @property
     def headline(self) -> str:
@@ -76,17 +77,16 @@ class Experiment:
         return (self.usage.seconds + runs) / 60
 
 
-def better_by(e: Experiment, score: float, than: float) -> float:
-    return score - than if e.higher else than - score
-
-
 def best_of(experiments: Sequence[Experiment]) -> Experiment | None:
     """The one with the best score, the first of equals; of those that won duels, whose scores drift
     with the machine, the last."""
     scored = [e for e in experiments if e.score is not None]
-    if scored and "duels_won" in scored[-1].facts:
+    if not scored:
+        return None
+    if "duels_won" in scored[-1].facts:
         return scored[-1]
-    return max(scored, key=lambda e: better_by(e, e.score or 0.0, 0.0), default=None)
+    best = max if scored[0].higher else min
+    return best(scored, key=lambda e: e.score or 0.0)
 
 
 def show(score: float) -> str:

@@ -260,10 +260,10 @@ NUMBER = re.compile(r"^(?:METRIC +([A-Za-z]\w{0,39}) *=|([A-Za-z]\w{0,39}):)[ \t
 MAX_NUMBERS = 64
 
 
-def read_numbers(log: str, metric: str = "") -> dict[str, float]:
+def read_numbers(log: str, metric: str, optional: bool = False) -> dict[str, float]:
     """The `name: number` and `METRIC name=number` lines of a log, after the last `---` alone if
-    there is one. ValueError for a metric, if one is named, that is missing, printed twice, or not
-    finite.
+    there is one. ValueError for a metric that is missing, unless it is optional, printed twice, or
+    not finite.
 
     >>> read_numbers("depth: 2\\nqps: 12.5\\n", "qps")
     {'depth': 2.0, 'qps': 12.5}
@@ -272,13 +272,13 @@ def read_numbers(log: str, metric: str = "") -> dict[str, float]:
     *earlier, lines = [[(a or b, text) for a, b, text in NUMBER.findall(part)] for part in parts]
     names = [name for part in [*earlier[1:], lines] for name, _ in part]  # a free text comes first
     count = names.count(metric)
-    if metric and count != 1:
+    if count != 1 and not (optional and count == 0):
         raise ValueError(f"{metric} was " + (f"printed {count} times" if count else "not printed"))
     values = {}
     for name, text in lines:
         with suppress(ValueError):
             values[name] = float(text)
-    if metric and not math.isfinite(values.get(metric, math.nan)):
+    if count and not math.isfinite(values.get(metric, math.nan)):
         text = dict(lines).get(metric, "")
         raise ValueError(f"{metric} is not a finite number: {one_line(text, 40)}")
     finite = {name: value for name, value in values.items() if math.isfinite(value)}

@@ -242,13 +242,11 @@ class RunJob:
             why = f"killed {ended.why}" if code is None else task.read_failure(code, end)
             # without the log: its numbers are not for the agent
             return Run(crash=f"the guard: {why}", repairable=True, facts=seconds_of(found))
-        metric = self.task.metric
-        tells = re.search(rf"^(METRIC +{metric} *=|{metric}:)", end, re.MULTILINE)
         try:
-            numbers = task.read_numbers(end, metric if tells else "")
+            numbers = task.read_numbers(end, self.task.metric, optional=True)
         except ValueError as error:
             return Run(crash=f"the guard: {error}", repairable=True, facts=seconds_of(found))
-        score = numbers.pop(metric, found.score)
+        score = numbers.pop(self.task.metric, found.score)
         told = {name if name in FACTS else f"guard_{name}": v for name, v in numbers.items()}
         facts = {**found.facts, **told, "referee_seconds": ended.seconds}
         return replace(found, score=score, facts=facts)

@@ -28,12 +28,9 @@ def main(folder: Path) -> None:
 
 def call(spec: dict[str, Any]) -> dict[str, Any]:
     """An agent's call: a command with the whole environment, ended politely at its limit."""
-    cwd, stdin, out, err = (Path(spec[name]) for name in ("cwd", "stdin", "out", "err"))
-    limits = {"limit": spec["limit"], "politely": True}
+    paths: dict[str, Any] = {name: Path(spec[name]) for name in ("cwd", "stdin", "out", "err")}
     try:
-        ended = keep(
-            spec["command"], cwd=cwd, env=os.environ, stdin=stdin, out=out, err=err, **limits
-        )
+        ended = keep(spec["command"], env=os.environ, limit=spec["limit"], politely=True, **paths)
         return ended._asdict()
     except NotStarted as error:
         return {"not_started": str(error)}

@@ -252,7 +252,7 @@ def measure_thrice(setup: Setup) -> list[Run]:
     checkout, runs = setup.checkout, list[Run]()
     commit = checkout.resolve("HEAD") or ""
     with tempfile.TemporaryDirectory() as tmp:
-        tree = AgentTree(checkout, Path(tmp, "tree"), Path(tmp, "index"))
+        tree = AgentTree(checkout, Path(tmp, "tree"))
         arena = setup.prepare(tree, commit, quietly=True)
         conditions = setup.conditions(commit, arena, setup.task.timeout)
         for number in range(3):

@@ -215,7 +215,7 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
     """Make the arena ready; UserError where the run went on under other conditions."""
     task, options, journal, machine = setup.task, setup.options, setup.journal, setup.machine
     show(events.Preparing(options.arena))
-    tree = AgentTree(setup.checkout, journal.folder / "tree", journal.folder / "index")
+    tree = AgentTree(setup.checkout, journal.folder / "tree")
     # what the person committed, since `setup` has the person's rights
     first = f"{journal.history[0][0]}^" if journal.history else "HEAD"
     start = setup.checkout.resolve(first) or journal.base

@@ -148,7 +148,7 @@ class RunJob:
     def write_tree(self) -> None:
         """The commit's files, and nothing else but the packages of Node, which looks no farther."""
         remove(self.tree)
-        checkout_tree(self.git_dir, self.commit, self.tree, self.folder / "index")
+        checkout_tree(self.git_dir, self.commit, self.tree)
         packages, link = self.conditions.root / "node_modules", self.tree / "node_modules"
         if packages.is_dir() and not os.path.lexists(link):
             link.symlink_to(packages)
@@ -197,7 +197,7 @@ class RunJob:
         are made again."""
         changed = ["its tree"]
         if self.tree.is_dir():
-            changed = changed_files(self.git_dir, self.tree, self.folder / "index")
+            changed = changed_files(self.git_dir, self.tree)
         if changed or stamps_of(self.conditions.arena.folder) != self.stamps:
             self.write_tree()
             changed += [f"{self.conditions.arena.name}/{name}" for name in self.mend_arena()]
@@ -218,11 +218,11 @@ class RunJob:
             if c.manifest is not None and read_text(folder / MANIFEST) != c.manifest:
                 (folder / MANIFEST).write_text(c.manifest)  # a forged one vouches for forged files
             env = lend(c.root, {**os.environ, "AUTORESEARCH_ARENA": c.arena.name})
-            tree = self.folder / "setup"
-            remove(tree)
-            checkout_tree(self.git_dir, c.start, tree, self.folder / "setup-index")
+            tree = self.folder / "setup/tree"
+            remove(tree.parent)
+            checkout_tree(self.git_dir, c.start, tree)
             found_again = set_up(c.task, tree, env, quietly=True)
-            remove(tree)
+            remove(tree.parent)
             if found_again != c.arena:
                 what = f"the arena {c.arena.name} was changed and cannot be made again"
                 raise UserError(f"{what}: take another --tag")

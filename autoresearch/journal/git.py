@@ -175,7 +175,6 @@ class AgentTree:
 
     checkout: Repo
     path: Path
-    index: Path
 
     def hand_out(self, commit: str) -> None:
         """Put the files of a commit there, and nothing else."""
@@ -190,9 +189,9 @@ class AgentTree:
         shallow = self.checkout.common_dir / "shallow"  # the ends of a shallow clone's history
         if shallow.exists():
             shutil.copy(shallow, self.path / ".git/shallow")
-        checkout_tree(self.checkout.git_dir, commit, self.path, self.index)
+        checkout_tree(self.checkout.git_dir, commit, self.path)
         (self.path / ".git/HEAD").write_text(f"{commit}\n")
-        shutil.copy(self.index, self.path / ".git/index")
+        shutil.copy(self.path.with_name("index"), self.path / ".git/index")
 
     def discard(self) -> None:
         """Remove it now, since it may fill the disk."""
@@ -204,14 +203,15 @@ class AgentTree:
         if self.path.is_symlink() or not self.path.is_dir():
             return []
         new = ("--others", "--exclude-standard")
-        return changed_files(self.checkout.git_dir, self.path, self.index, *new)
+        return changed_files(self.checkout.git_dir, self.path, *new)
 
     def commit(self, text: str, parent: str, paths: Iterable[str]) -> str:
         """Make a commit on `parent`: the files handed out, and these as they are now."""
+        git_dir, listed = self.checkout.git_dir, b"\0".join(os.fsencode(path) for path in paths)
         named = ("--literal-pathspecs", "add", "--all", "--force", "--pathspec-file-nul")
-        listed = b"\0".join(os.fsencode(path) for path in paths)
-        self.git(*named, "--pathspec-from-file=-", stdin=listed)
-        return self.checkout.commit_tree(text, self.git("write-tree").strip(), parent)
+        tree_git(git_dir, self.path, *named, "--pathspec-from-file=-", stdin=listed)
+        tree = tree_git(git_dir, self.path, "write-tree").decode().strip()
+        return self.checkout.commit_tree(text, tree, parent)
 
     def has(self, path: str) -> bool:
         return os.path.lexists(self.path / path)
@@ -221,10 +221,6 @@ class AgentTree:
         file = self.path / path
         plain = file.is_file() and not file.is_symlink() and file.stat().st_size <= MAX_FILE
         return file.read_bytes() if plain else None
-
-    def git(self, *args: str, stdin: bytes = b"") -> str:
-        out = tree_git(self.checkout.git_dir, self.path, self.index, *args, stdin=stdin)
-        return out.decode(errors="replace")
 
 
 @lru_cache(maxsize=8)  # the incumbent's file is asked for again and again
@@ -241,24 +237,24 @@ def names(out: bytes) -> list[str]:
     return [os.fsdecode(record) for record in out.split(b"\0")[:-1]]
 
 
-def tree_git(git_dir: Path, tree: Path, index: Path, *args: str, stdin: bytes = b"") -> bytes:
-    """Run git on a tree, as a repository sees it through another index than its own."""
-    where = f"--git-dir={git_dir}", f"--work-tree={tree}"
+def tree_git(git_dir: Path, tree: Path, *args: str, stdin: bytes = b"") -> bytes:
+    """Run git on a tree, as a repository sees it through the index beside that tree."""
+    where, index = (f"--git-dir={git_dir}", f"--work-tree={tree}"), tree.with_name("index")
     return git_bytes(*where, *args, stdin=stdin, env={"GIT_INDEX_FILE": str(index)}, cwd=tree)
 
 
-def checkout_tree(git_dir: Path, commit: str, tree: Path, index: Path) -> None:
+def checkout_tree(git_dir: Path, commit: str, tree: Path) -> None:
     """Write the files of a commit into a folder, filters applied, and their state into an index."""
     tree.mkdir(parents=True, exist_ok=True)
-    for name in (index.name, f"{index.name}.lock"):  # a killed git leaves the second
-        index.with_name(name).unlink(missing_ok=True)
-    tree_git(git_dir, tree, index, "read-tree", "--reset", "-u", commit)
+    for name in ("index", "index.lock"):  # a killed git leaves the second
+        tree.with_name(name).unlink(missing_ok=True)
+    tree_git(git_dir, tree, "read-tree", "--reset", "-u", commit)
 
 
-def changed_files(git_dir: Path, tree: Path, index: Path, *options: str) -> list[str]:
-    """Paths of a tree that differ from an index; the options are of `git ls-files`."""
+def changed_files(git_dir: Path, tree: Path, *options: str) -> list[str]:
+    """Paths of a tree that differ from its index; the options are of `git ls-files`."""
     make_accessible(tree)
-    out = tree_git(git_dir, tree, index, "ls-files", "-z", "--modified", "--deleted", *options)
+    out = tree_git(git_dir, tree, "ls-files", "-z", "--modified", "--deleted", *options)
     return sorted({*names(out)})
 
 

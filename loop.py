@@ -163,7 +163,7 @@ def judge(study: Study, run: Run, lines: int) -> Verdict:
 
 def settle(study: Study, desk: Desk, idea: Idea) -> None:
     """Judge an idea, and record it for good. The branch follows the record."""
-    verdict = judge(study, idea.run, idea.edit.added - idea.edit.removed)
+    verdict = judge(study, idea.run, idea.edit.change.lines)
     with study.journal.writing():
         experiment = desk.write_up(idea, verdict)
         final = study.journal.record(experiment, idea.base, idea.edit.commit)

@@ -53,7 +53,9 @@ class Desk:
         idea, checkout = self.new_idea(), self.study.checkout
         commit = checkout.commit_tree("baseline\n", f"{idea.base}^{{tree}}", idea.base)
         source = source_of(checkout, self.study.task, commit)
-        idea.edit = Edit(Reply("baseline", "", Usage(0.0)), (), commit, source=source)
+        idea.edit = Edit(
+            Reply("baseline", "", Usage(0.0)), (), commit, change=Change(source=source)
+        )
         return idea
 
     # --- an agent's call
@@ -91,7 +93,6 @@ class Desk:
         commit, usable = before, files.keys() - {*lost}
         if usable:
             commit = tree.commit(reply.subject() + "\n", base, usable)
-        lines = checkout.lines_changed(base, commit)
         faults = (syntax_error(path, text) for path, text in files.items() if text is not None)
         fault = next(filter(None, faults), None)
         if lost:
@@ -99,7 +100,8 @@ class Desk:
         runs = paths and not foreign and not fault
         source = source_of(checkout, task, commit) if runs else ""
         same = self.study.journal.tried.get(source) if source else None
-        return Edit(reply, paths, commit, foreign, lines, source, fault, same)
+        change = describe_edit(checkout, base, commit, source)
+        return Edit(reply, paths, commit, foreign, change, fault, same)
 
     # --- a run
 
@@ -139,7 +141,7 @@ class Desk:
         nothing of the program, and runs again. `beat`: a score in the place of the incumbent's."""
         study, edit = self.study, idea.edit
         incumbent = study.journal.incumbent_score if beat is None else beat
-        best, lines = study.journal.best_score if beat is None else beat, edit.added - edit.removed
+        best, lines = study.journal.best_score if beat is None else beat, edit.change.lines
         spec = run_spec(
             study.conditions, study.checkout, study.journal.alive, commit, study.machine.card,
             lines, incumbent, best, guard,
@@ -198,7 +200,6 @@ class Desk:
     def write_up(self, idea: Idea, verdict: Verdict) -> Experiment:
         """The record of a finished idea."""
         study, journal, edit, run = self.study, self.study.journal, idea.edit, idea.run
-        words = describe_edit(study.checkout, idea.base, edit.commit, edit.lines)
         rate = {"gpu_usd_per_hour": study.limits.gpu_rate} if study.limits.gpu_rate else {}
         seed = study.conditions.seed
         return Experiment(
@@ -206,14 +207,14 @@ class Desk:
             task=journal.store(study.task.text),
             number=idea.number,
             verdict=verdict,
-            description=edit.reply.subject(words),
+            description=edit.reply.subject(edit.change.words),
             reason=edit.reply.reason,
             scores={} if run.score is None else {seed: run.score},
             incumbent=journal.incumbent_score if run.rival is None else run.rival,
             crash=run.crash,
             facts={**run.facts, **rate},
             curve=run.curve,
-            change=Change(words, edit.source, edit.added, edit.removed),
+            change=edit.change,
             repairs=idea.repairs,
             agent=study.agent.name,
             usage=spent_on(idea.folder, idea.base),

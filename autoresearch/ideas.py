@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoresearch.files import one_line
+from autoresearch.journal.changes import Change
 from autoresearch.task import trailer
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Edit:
-    """What git says an agent did: all paths that it changed, those among them that it may not, a
-    commit of the incumbent with the others, its lines, its fingerprint.
+    """What git says an agent did: all paths that it changed, a commit of the incumbent with those
+    that it may, those that it may not, and what the commit changes.
 
     `fault`: why it cannot run, and the line of the program. `duplicate_of` ran the same program.
     """
@@ -94,18 +95,9 @@ class Edit:
     paths: tuple[str, ...]
     commit: str
     foreign: tuple[str, ...] = ()
-    lines: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # added, removed; by path
-    source: str = ""
+    change: Change = Change()
     fault: tuple[str, str] | None = None
     duplicate_of: "Experiment | None" = None
-
-    @property
-    def added(self) -> int:
-        return sum(added for added, _ in self.lines.values())
-
-    @property
-    def removed(self) -> int:
-        return sum(removed for _, removed in self.lines.values())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import hashlib
 import io
 import tokenize
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,7 +14,6 @@ from autoresearch.journal.git import Repo
 from autoresearch.task import MAX_FILE, Task, trailer
 
 TOP = "top-level"
-Lines = Mapping[str, tuple[int, int]]  # added and removed, by path
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,15 @@ def plain_constant(statement: ast.stmt) -> str:
 # What differs
 
 
-def describe_edit(repo: Repo, base: str, commit: str, lines: Lines) -> str:
+def describe_edit(repo: Repo, base: str, commit: str, source: str) -> Change:
     """What an edit changed, in a bounded line: the parts of one program, else files."""
+    lines = repo.lines_changed(base, commit)
+    words = one_line("; ".join(f"{path} +{a} -{r}" for path, (a, r) in lines.items()), 300)
     match list(lines):
         case [path] if path.endswith(".py"):
-            return describe_change(repo.show(base, path), repo.show(commit, path))
-    return one_line("; ".join(f"{path} +{a} -{r}" for path, (a, r) in lines.items()), 300)
+            words = describe_change(repo.show(base, path), repo.show(commit, path))
+    added, removed = (sum(row[column] for row in lines.values()) for column in (0, 1))
+    return Change(words, source, added, removed)
 
 
 def describe_change(before: bytes, after: bytes) -> str:

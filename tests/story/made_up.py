@@ -116,7 +116,9 @@ class MadeUpDesk:
 
     def baseline(self) -> Idea:
         idea = self.new_idea()
-        idea.edit = replace(idea.edit, reply=Reply("baseline", "", Usage(0.0)), source="start")
+        idea.edit = replace(
+            idea.edit, reply=Reply("baseline", "", Usage(0.0)), change=Change(source="start")
+        )
         return idea
 
     def propose(self, idea: Idea, request: str, turn: int = 0) -> Edit:
@@ -126,7 +128,7 @@ class MadeUpDesk:
         kind = (
             world.plan.pop(0) if world.plan else world.rng.choices([*KINDS], [*KINDS.values()])[0]
         )
-        reply, lines = Reply(kind, "", Usage(1.0)), {"train.py": (world.rng.randrange(4), 1)}
+        reply, lines = Reply(kind, "", Usage(1.0)), world.rng.randrange(4)
         trouble = {
             "failed": Failed("a fruit"),
             "busy": Busy("asleep"),
@@ -138,22 +140,23 @@ class MadeUpDesk:
             return Edit(reply, (), idea.edit.commit)
         commit, parent = f"commit {len(world.requests)}", world.truth[idea.base]
         world.truth[commit] = float("nan") if kind == "crash" else parent + world.rng.gauss(0, 0.02)
-        edit = Edit(reply, ("train.py",), commit, (), lines, source=commit)
+        edit = Edit(reply, ("train.py",), commit, (), Change("", commit, lines, 1))
+        unrun = replace(edit, change=replace(edit.change, source=""))
         if kind == "repeat":
             earlier = world.rng.choice(self.study.journal.experiments)
-            return replace(edit, source=earlier.change.source, duplicate_of=earlier)
+            return replace(edit, change=earlier.change, duplicate_of=earlier)
         if kind == "cut short":
             return replace(edit, reply=replace(reply, trouble=Busy("asleep"), cut_short=True))
         if kind == "foreign":
-            return replace(edit, foreign=("prepare.py",), source="")
-        return replace(edit, fault=("SyntaxError", "line"), source="") if kind == "fault" else edit
+            return replace(unrun, foreign=("prepare.py",))
+        return replace(unrun, fault=("SyntaxError", "line")) if kind == "fault" else edit
 
     def measure(self, idea: Idea) -> Run:
         world, journal, edit = self.world, self.study.journal, idea.edit
         world.at()
         assert idea.base == journal.base, "an idea runs on the incumbent"
         assert not edit.foreign and not edit.fault, "what may not run does not run"
-        assert idea.number == 0 or edit.source not in journal.tried, "no program runs twice"
+        assert idea.number == 0 or edit.change.source not in journal.tried, "no program runs twice"
         truth = world.truth[edit.commit]
         if truth != truth:
             return Run(crash="it crashed", repairable=True, facts={"run_seconds": 1.0})
@@ -174,7 +177,7 @@ class MadeUpDesk:
             scores={} if run.score is None else {42: run.score},
             incumbent=journal.incumbent_score,
             crash=run.crash,
-            change=Change("", edit.source, edit.added, edit.removed),
+            change=edit.change,
             repairs=idea.repairs,
             agent="made-up",
             usage=edit.reply.usage,

@@ -20,7 +20,7 @@ from autoresearch import checks, cli
 from autoresearch.agents import prompt
 from autoresearch.desk import Desk
 from autoresearch.files import UserError, one_line
-from autoresearch.ideas import Busy, Edit, Failed, Hopeless, Idea, Run, Trouble
+from autoresearch.ideas import Busy, Edit, Fruitless, Idea, NeedsPerson, Run, Trouble
 from autoresearch.journal.experiment import Verdict
 from autoresearch.study import Study
 from autoresearch.task import Task
@@ -31,48 +31,49 @@ STALLS = 5  # agent calls in a row without an experiment, before there is a paus
 
 
 def research(study: Study, desk: Desk) -> str:
-    """Run experiments until a limit is reached, and return which. The baseline is not counted.
+    """Make experiments until a limit is reached, and return which. The baseline is not counted.
 
-    Until something has been achieved, an error that needs a person ends the run: that person is
-    still at the keyboard. After that it is retried, because at night most errors go away.
+    As long as this call has recorded no experiment, an error that needs a person ends it: that
+    person is still at the keyboard. Later it is waited out and tried again, as a usage limit always
+    is, because at night most errors go away.
     """
     if not study.journal.history:
         baseline(study, desk)
     stalls = pauses = 0
     feedback = ""  # on the last call, for the next one
     while (limit := study.reached()) is None:
-        match trouble := step(study, desk, feedback, afresh=pauses > 0):
-            case None:
-                stalls, pauses, feedback = 0, 0, ""
+        trouble = step(study, desk, feedback, after_trouble=pauses > 0)
+        if trouble is None:
+            stalls, pauses, feedback = 0, 0, ""
+            continue
+        if isinstance(trouble, Fruitless):
+            stalls += 1
+            feedback = f"{trouble.why} (call {stalls} in a row that brought nothing)"
+            number = study.journal.next_number
+            study.show(events.Note(f"{number:04d} no experiment: {one_line(trouble.why)}"))
+            if stalls < STALLS:
                 continue
-            case Failed(why):
-                stalls += 1
-                feedback = f"{why} (call {stalls} in a row that brought nothing)"
-                number = study.journal.next_number
-                study.show(events.Note(f"{number:04d} no experiment: {one_line(why)}"))
-                if stalls < STALLS:
-                    continue
-                trouble = Hopeless(
-                    f"{study.agent.name} brought nothing {stalls} times in a row: {why}"
-                )
-        if isinstance(trouble, Hopeless) and not study.limits.done:
+            often = f"{study.agent.name} brought nothing {stalls} times in a row"
+            trouble = Fruitless(f"{often}: {trouble.why}")
+        if not isinstance(trouble, Busy) and not study.limits.experiments_done:
             raise UserError(trouble.why)
         pauses += 1
         desk.pause(trouble, pauses)
     return limit
 
 
-def step(study: Study, desk: Desk, feedback: str, afresh: bool) -> Trouble | None:
-    """Attempt an experiment. An error of git, the disk, the data or the GPU is trouble too, and
-    loses nothing: the next attempt starts, as a new driver would, from git."""
+def step(study: Study, desk: Desk, feedback: str, after_trouble: bool) -> Trouble | None:
+    """Attempt an experiment; after trouble, read the record from git first, as a new driver would.
+    An error of git, the disk, the data or the GPU is trouble too: it costs the idea on its way, and
+    nothing that was recorded."""
     try:
-        if afresh:
+        if after_trouble:
             study.journal.reconcile()
         trouble = attempt(study, desk, feedback)
     except Exception as error:
-        return Hopeless(checks.explain(error))
-    if isinstance(trouble, Hopeless):
-        return Hopeless(f"{study.agent.name}: {trouble.why}")
+        return NeedsPerson(checks.explain(error))
+    if isinstance(trouble, NeedsPerson):
+        return NeedsPerson(f"{study.agent.name}: {trouble.why}")
     return trouble
 
 
@@ -87,58 +88,63 @@ def baseline(study: Study, desk: Desk) -> None:
 
 
 def attempt(study: Study, desk: Desk, feedback: str) -> Trouble | None:
-    """One experiment: an idea, its run, at most two repairs, the verdict. Returns why there is
+    """One experiment: an edit, its run, at most two repairs, the verdict. Returns why there is
     none."""
     task, journal = study.task, study.journal
     idea = desk.new_idea()
     request = prompt.brief(task, idea.program, journal.experiments, feedback)
     edit = desk.propose(idea, request)
     trouble = unusable(task, edit)
-    if isinstance(trouble, Failed) and edit.duplicate_of:
+    if isinstance(trouble, Fruitless) and edit.duplicate_of:
         same = f"the same program as experiment {edit.duplicate_of.number}"
         study.show(events.Note(f"{idea.number:04d} {same}; asking once more"))
-        feedback = prompt.repeated(edit.duplicate_of)
-        request = prompt.brief(task, idea.program, journal.experiments, feedback)
+        request = prompt.brief(task, idea.program, journal.experiments, trouble.why)
         edit = desk.propose(idea, request)
         trouble = unusable(task, edit)
     if trouble:
         return trouble
     idea.edit = edit
     idea.run = run(task, desk, idea)
-    pauses = 0
-    while idea.run.repairable and idea.repairs < REPAIRS:
-        words = idea.edit.reply.subject()
-        request = prompt.repair(task, idea.program, idea.number, words, idea.run)
-        edit = desk.propose(idea, request, turn=idea.repairs + 1)
-        trouble = unusable(task, edit)
-        if isinstance(trouble, Busy) and not study.reached():
-            pauses += 1
-            desk.pause(trouble, pauses)
-            if study.reached():
-                break
-        elif trouble:
-            break
-        else:
-            idea.repairs += 1
-            idea.edit = replace(edit, reply=idea.edit.reply)  # the idea stays what it was
-            idea.run = run(task, desk, idea)
+    while idea.run.repairable and idea.repairs < REPAIRS and repair(study, desk, idea):
+        idea.repairs += 1
+        idea.run = run(task, desk, idea)
     settle(study, desk, idea)
     return None
 
 
+def repair(study: Study, desk: Desk, idea: Idea) -> bool:
+    """Have an idea that crashed mended by an agent, and wait for one that is busy. The idea stays
+    what it was. Returns whether there is another edit to run."""
+    words, pauses = idea.edit.reply.subject(), 0
+    request = prompt.repair(study.task, idea.program, idea.number, words, idea.run)
+    while True:
+        edit = desk.propose(idea, request, turn=idea.repairs + 1)
+        trouble = unusable(study.task, edit)
+        if trouble is None:
+            idea.edit = replace(edit, reply=idea.edit.reply)
+            return True
+        if not isinstance(trouble, Busy) or study.reached():
+            return False
+        pauses += 1
+        desk.pause(trouble, pauses)
+        if study.reached():
+            return False
+
+
 def unusable(task: Task, edit: Edit) -> Trouble | None:
-    """Why an edit is not run. One that came with an error is, unless the agent says it broke
-    off."""
-    if edit.reply.cut_short and isinstance(edit.reply.trouble, Hopeless | Busy):
+    """Why an edit cannot be run. One that came with an error can, unless the agent itself says that
+    it broke off."""
+    if edit.reply.cut_short and isinstance(edit.reply.trouble, NeedsPerson | Busy):
         return edit.reply.trouble
     if not edit.paths:
         nothing = f"no line of {task.what} is different: {edit.reply.description}"
-        return edit.reply.trouble or Failed(nothing)
-    return Failed(prompt.repeated(edit.duplicate_of)) if edit.duplicate_of else None
+        return edit.reply.trouble or Fruitless(nothing)
+    return Fruitless(prompt.repeated(edit.duplicate_of)) if edit.duplicate_of else None
 
 
 def run(task: Task, desk: Desk, idea: Idea) -> Run:
-    """Measure an idea, unless it touches other files or is no program."""
+    """Measure an idea. Not if it touches other files, and not if it does not compile: those crash
+    without a run, and the second may be repaired."""
     edit = idea.edit
     unrun = Run(repairable=True, facts={"run_seconds": 0.0})
     if edit.foreign:
@@ -150,7 +156,8 @@ def run(task: Task, desk: Desk, idea: Idea) -> Run:
 
 
 def judge(study: Study, run: Run, lines: int) -> Verdict:
-    """The verdict, by the score alone. In duels a gain counts that was there each time."""
+    """The rule: what is better is kept, and what is as good with fewer lines. `lines` is the net
+    change. Where scores drift with the machine, better is what won all its duels."""
     task, journal = study.task, study.journal
     if run.score is None:
         return "crash"
@@ -166,9 +173,9 @@ def settle(study: Study, desk: Desk, idea: Idea) -> None:
     verdict = judge(study, idea.run, idea.edit.change.lines)
     with study.journal.writing():
         experiment = desk.write_up(idea, verdict)
-        final = study.journal.record(experiment, idea.base, idea.edit.commit)
-    study.limits.done += idea.number > 0
-    study.show(events.Settled(experiment, final))
+        commit = study.journal.record(experiment, idea.base, idea.edit.commit)
+    study.limits.experiments_done += idea.number > 0
+    study.show(events.Settled(experiment, commit))
 
 
 def main(argv: list[str] | None = None, root: Path | None = None) -> int:

@@ -207,7 +207,7 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
         raise
     finally:
         with uninterrupted():
-            show(events.Stopped(ended, limits.done, journal.best, limits.dollars_spent))
+            show(events.Stopped(ended, limits.experiments_done, journal.best, limits.dollars_spent))
     return code
 
 

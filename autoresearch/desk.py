@@ -10,10 +10,10 @@ from typing import Any
 
 from autoresearch.agents.call import AgentCall, ask, spent_on
 from autoresearch.files import UserError, check_room, tail
-from autoresearch.ideas import Busy, Edit, Idea, Reply, Run, Trouble, Usage
+from autoresearch.ideas import Busy, Change, Edit, Idea, Reply, Run, Trouble, Usage
 from autoresearch.jobs import LOG, Job, gpu
 from autoresearch.jobs.job import run_spec
-from autoresearch.journal.changes import Change, describe_edit, source_of, syntax_error
+from autoresearch.journal.changes import describe_edit, source_of, syntax_error
 from autoresearch.journal.experiment import Experiment, Verdict
 from autoresearch.journal.git import Repo
 from autoresearch.pace import PACE, clock

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoresearch.files import one_line
-from autoresearch.journal.changes import Change
 from autoresearch.task import trailer
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Hopeless:
+class NeedsPerson:
     """Needs a person: no login, no credit, no such model."""
 
     why: str
@@ -56,13 +55,13 @@ class Busy:
 
 
 @dataclass(frozen=True)
-class Failed:
+class Fruitless:
     """This call brought nothing to run; the next one may."""
 
     why: str
 
 
-Trouble = Hopeless | Busy | Failed
+Trouble = NeedsPerson | Busy | Fruitless
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,22 @@ class Reply:
         """The line of a commit; for an agent that said nothing, of what it changed."""
         silent = f"not described: {changes}" if changes else "an edit that was not described"
         return one_line(self.description or silent, 120)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Lines added and removed, what is different in words, and the fingerprint of the program that
+    was run; empty for one that was not."""
+
+    words: str = trailer("Changes", default="")
+    source: str = trailer("Source", default="")
+    added: int = trailer("Lines-added", "d", default=0)
+    removed: int = trailer("Lines-removed", "d", default=0)
+
+    @property
+    def lines(self) -> int:
+        """Net."""
+        return self.added - self.removed
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Limits:
     dollars: float = math.inf
     until: float | None = None  # a score
     gpu_rate: float = 0.0  # dollars an hour, from the start to the end
-    done: int = 0  # experiments, the baseline not counted
+    experiments_done: int = 0  # the baseline not counted
     paid: float = 0.0  # dollars, for the agent
     start: float = field(default_factory=clock)
 
@@ -59,8 +59,8 @@ class Study:
         goal = limits.until
         if goal is not None and best is not None and self.task.gain(best, goal) >= 0:
             return f"the goal of {goal:g} is reached"
-        if limits.done >= limits.experiments:
-            return f"{count(limits.done)} done"
+        if limits.experiments_done >= limits.experiments:
+            return f"{count(limits.experiments_done)} done"
         if limits.hours_spent >= limits.hours:
             return f"{limits.hours:g} hours are over"
         spent = limits.dollars_spent

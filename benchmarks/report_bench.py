@@ -17,8 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from autoresearch.cli import Parser, natural_number
-from autoresearch.ideas import Usage
-from autoresearch.journal.changes import Change
+from autoresearch.ideas import Change, Usage
 from autoresearch.journal.experiment import Experiment, message
 from autoresearch.journal.git import Repo
 from autoresearch.journal.journal import read_history

@@ -11,7 +11,7 @@ from test_bad_input import one_line
 
 from autoresearch.agents import AGENTS, shell_command
 from autoresearch.agents.call import AgentCall, ask, read_answer, spent_on
-from autoresearch.ideas import Busy, Failed, Hopeless, Reply
+from autoresearch.ideas import Busy, Fruitless, NeedsPerson, Reply
 
 
 def call(folder: Path, command: str, limit: float = 20.0) -> Reply:
@@ -113,7 +113,7 @@ def test_not_utf8(tmp_path: Path) -> None:
 
 def test_a_command_that_waits_for_a_terminal(tmp_path: Path) -> None:
     reply = call(tmp_path, "read answer < /dev/tty")
-    assert isinstance(reply.trouble, Failed) and "/dev/tty" in reply.trouble.why
+    assert isinstance(reply.trouble, Fruitless) and "/dev/tty" in reply.trouble.why
     assert call(tmp_path, "cat > /dev/null; read answer || echo nobody").description == "nobody"
 
 
@@ -123,7 +123,7 @@ def test_a_command_that_waits_for_a_terminal(tmp_path: Path) -> None:
 def test_a_command_that_cannot_be_run(tmp_path: Path, command: str, words: str) -> None:
     (tmp_path / "plain").write_text("echo hi\n")
     trouble = call(tmp_path, command).trouble
-    assert isinstance(trouble, Hopeless) and words in trouble.why
+    assert isinstance(trouble, NeedsPerson) and words in trouble.why
 
 
 @pytest.mark.parametrize("command", ["./plain", "/nowhere/agent", "no-such-agent -p"])
@@ -193,7 +193,7 @@ def test_a_preset_that_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "x",
         AgentCall(TASK, tmp_path, "base", tmp_path, {}, 9.0, tmp_path / "alive"),
     ).trouble
-    assert trouble == Hopeless("claude cannot be started: No such file or directory")
+    assert trouble == NeedsPerson("claude cannot be started: No such file or directory")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autoresearch.ideas import Usage
-from autoresearch.journal.changes import Change
+from autoresearch.ideas import Change, Usage
 from autoresearch.journal.experiment import Experiment, message, parse_message
 from autoresearch.task import Arena, Machine
 

@@ -14,7 +14,7 @@ from autoresearch.agents import AGENTS, claude, find_agent
 from autoresearch.agents.agent import UNREADABLE, Answer, Output, read_text
 from autoresearch.agents.call import AgentCall, ask, json_string
 from autoresearch.agents.trouble import classify
-from autoresearch.ideas import Busy, Hopeless
+from autoresearch.ideas import Busy, NeedsPerson
 
 RECORDED = (
     Path(__file__).parent / "recorded"
@@ -43,7 +43,7 @@ def test_an_edit(name: str) -> None:
 
 @pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize(
-    ("case", "kind"), [("unauthorized", Hopeless), ("unknown", Hopeless), ("limited", Busy)]
+    ("case", "kind"), [("unauthorized", NeedsPerson), ("unknown", NeedsPerson), ("limited", Busy)]
 )
 def test_an_error(name: str, case: str, kind: type) -> None:
     """401, an unknown model and 429, told by error fields, whatever the exit code was."""

@@ -7,8 +7,7 @@ from typing import Any
 from conftest import ROOT, TASK, Project
 
 from autoresearch.agents import prompt
-from autoresearch.ideas import Run, Usage
-from autoresearch.journal.changes import Change
+from autoresearch.ideas import Change, Run, Usage
 from autoresearch.journal.experiment import Experiment, Verdict
 from autoresearch.task import Arena, Machine, read_curve
 

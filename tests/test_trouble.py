@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from autoresearch.agents.trouble import classify
-from autoresearch.ideas import Busy, Failed, Hopeless
+from autoresearch.ideas import Busy, Fruitless, NeedsPerson
 
 NOW = datetime(2026, 11, 25, 7, 48, tzinfo=UTC)
 
@@ -13,15 +13,15 @@ NOW = datetime(2026, 11, 25, 7, 48, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("error", "status", "kind"),
     [
-        ("Invalid API key · Fix external API key", 401, Hopeless),
-        ("Not logged in · Please run /login", None, Hopeless),
-        ("Failed to authenticate. API Error: 403 no permission", 403, Hopeless),
-        ("There's an issue with the selected model (nope). It may not exist or you may not have it.", 404, Hopeless),
-        ("Credit balance is too low", 400, Hopeless),
-        ("Quota exceeded. Check your plan and billing details.", None, Hopeless),
-        ("unexpected status 401 Unauthorized: Incorrect API key provided, url: http://x/v1/responses", None, Hopeless),
-        ("unexpected status 404 Not Found: The model `nope` does not exist, url: http://x/v1", None, Hopeless),
-        ("error: unknown option '--safe-mode'", None, Hopeless),
+        ("Invalid API key · Fix external API key", 401, NeedsPerson),
+        ("Not logged in · Please run /login", None, NeedsPerson),
+        ("Fruitless to authenticate. API Error: 403 no permission", 403, NeedsPerson),
+        ("There's an issue with the selected model (nope). It may not exist or you may not have it.", 404, NeedsPerson),
+        ("Credit balance is too low", 400, NeedsPerson),
+        ("Quota exceeded. Check your plan and billing details.", None, NeedsPerson),
+        ("unexpected status 401 Unauthorized: Incorrect API key provided, url: http://x/v1/responses", None, NeedsPerson),
+        ("unexpected status 404 Not Found: The model `nope` does not exist, url: http://x/v1", None, NeedsPerson),
+        ("error: unknown option '--safe-mode'", None, NeedsPerson),
         ("API Error: Request rejected (429) · slow down", 429, Busy),
         ("You've hit your 5-hour limit · resets 8:47am (UTC)", 429, Busy),
         ("You\u2019ve hit your usage limit. Upgrade, purchase more credits or try again at 8:47 AM.", None, Busy),
@@ -33,9 +33,9 @@ NOW = datetime(2026, 11, 25, 7, 48, tzinfo=UTC)
         ("stream disconnected before completion: stream closed before response.completed", None, Busy),
         ("API Error: API returned an empty or malformed response (HTTP 200)", None, Busy),
         ("Connection error.", None, Busy),
-        ("Reached maximum number of turns (30)", None, Failed),
-        ("Prompt is too long", 400, Failed),
-        ("", None, Failed),
+        ("Reached maximum number of turns (30)", None, Fruitless),
+        ("Prompt is too long", 400, Fruitless),
+        ("", None, Fruitless),
     ],
 )  # fmt: skip
 def test_what_an_error_calls_for(error: str, status: int | None, kind: type) -> None:

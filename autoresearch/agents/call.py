@@ -10,7 +10,7 @@ from pathlib import Path
 from autoresearch.agents.agent import UNREADABLE, Agent, Answer, Output, parse
 from autoresearch.agents.trouble import classify
 from autoresearch.files import one_line, tail
-from autoresearch.ideas import Failed, Hopeless, Reply, Trouble, Usage
+from autoresearch.ideas import Fruitless, NeedsPerson, Reply, Trouble, Usage
 from autoresearch.jobs import Job
 from autoresearch.jobs.keeper import Exit
 from autoresearch.task import Task, as_regex
@@ -67,9 +67,9 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     }
     found = Job(call.folder, spec, {**os.environ, **own, **call.env}).result()
     if found is None:
-        return Reply("", "", Usage(0.0), Failed(f"the job of {agent.name} is lost"))
+        return Reply("", "", Usage(0.0), Fruitless(f"the job of {agent.name} is lost"))
     if why := found.get("not_started"):
-        return Reply("", "", Usage(0.0), Hopeless(f"{agent.name} cannot be started: {why}"))
+        return Reply("", "", Usage(0.0), NeedsPerson(f"{agent.name} cannot be started: {why}"))
     ended = Exit(**found)
     try:
         answer, unreadable = agent.read(output), ""
@@ -149,17 +149,17 @@ def find_trouble(
     if ended.code is None:
         late = f"{agent.name} was stopped {ended.why}"
         # with what it waited for, say a network
-        return replace(trouble, why=f"{late}: {trouble.why}") if trouble else Failed(late)
+        return replace(trouble, why=f"{late}: {trouble.why}") if trouble else Fruitless(late)
     if trouble:
         return trouble
     said = [line for line in output.text("err", 4000).splitlines() if line.strip()]
     if ended.code in (126, 127):  # the shell's: not executable, not found
-        return Hopeless(one_line(said[-1] if said else f"exit code {ended.code}", 300))
+        return NeedsPerson(one_line(said[-1] if said else f"exit code {ended.code}", 300))
     if ended.code:
         trouble = classify(said[-1] if said else "", None, now)
         why = trouble.why or one_line(answer.text[-200:]) or "no output"
         return replace(trouble, why=f"exit code {ended.code}: {why}")
-    return Failed(f"its output cannot be read: {one_line(unreadable)}") if unreadable else None
+    return Fruitless(f"its output cannot be read: {one_line(unreadable)}") if unreadable else None
 
 
 def spent_on(folder: Path, base: str) -> Usage:

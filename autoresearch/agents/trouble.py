@@ -4,7 +4,7 @@ import re
 from datetime import datetime, timedelta
 
 from autoresearch.files import one_line
-from autoresearch.ideas import Busy, Failed, Hopeless, Trouble
+from autoresearch.ideas import Busy, Fruitless, NeedsPerson, Trouble
 
 RETRY_IN = re.compile(r"(?:retry|try again) in (\d{1,6}(?:\.\d+)?) ?s", re.I)
 LIMIT = re.compile(r"hit your .{0,20}limit|usage limit|limit reached|limits? will reset", re.I)
@@ -36,11 +36,11 @@ def classify(error: str, status: int | None, now: datetime) -> Trouble:
     if LIMIT.search(error):
         return Busy(why)
     if EXHAUSTED.search(error) or status in (401, 402, 403, 404):
-        return Hopeless(why)
+        return NeedsPerson(why)
     if status in (408, 409, 425, 429) or (status or 0) >= 500:
         return Busy(why)
     if HOPELESS.search(error):
-        return Hopeless(why)
+        return NeedsPerson(why)
     if BUSY.search(error):
         return Busy(why)
-    return Failed(why)
+    return Fruitless(why)

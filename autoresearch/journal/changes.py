@@ -10,26 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from autoresearch.files import one_line
+from autoresearch.ideas import Change
 from autoresearch.journal.git import Repo
-from autoresearch.task import MAX_FILE, Task, trailer
+from autoresearch.task import MAX_FILE, Task
 
 TOP = "top-level"
-
-
-@dataclass(frozen=True)
-class Change:
-    """Lines added and removed, what is different in words, and the fingerprint of the program that
-    was run; empty for one that was not."""
-
-    words: str = trailer("Changes", default="")
-    source: str = trailer("Source", default="")
-    added: int = trailer("Lines-added", "d", default=0)
-    removed: int = trailer("Lines-removed", "d", default=0)
-
-    @property
-    def lines(self) -> int:
-        """Net."""
-        return self.added - self.removed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from autoresearch.files import one_line
-from autoresearch.ideas import FACTS, Usage
-from autoresearch.journal.changes import Change
+from autoresearch.ideas import FACTS, Change, Usage
 from autoresearch.task import Arena, Machine, trailer
 
 Verdict = Literal["keep", "discard", "crash"]

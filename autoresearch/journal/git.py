@@ -146,12 +146,10 @@ class Repo:
         """Have git ignore files of ours, by a list that is not a file of the person's."""
         exclude = self.common_dir / "info/exclude"
         exclude.parent.mkdir(exist_ok=True)
-        known = exclude.read_bytes() if exclude.exists() else b""
-        lines = known.decode(errors="replace").splitlines()
-        if fresh := [pattern for pattern in patterns if pattern not in lines]:
+        known = exclude.read_text(errors="replace").splitlines() if exclude.exists() else []
+        if fresh := [pattern for pattern in patterns if pattern not in known]:
             with exclude.open("a") as file:
-                gap = "\n" if known and not known.endswith(b"\n") else ""
-                file.write(gap + "".join(f"{pattern}\n" for pattern in fresh))
+                file.write("\n".join(["", *fresh, ""]))  # the last line may have no end
 
     def unlock(self, *refs: str) -> None:
         """Remove the locks that a killed git left on refs of ours; a pattern may hold a `*`."""

@@ -8,8 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from autoresearch.ideas import Busy, Edit, Failed, Hopeless, Idea, Reply, Run, Trouble, Usage
-from autoresearch.journal.changes import Change
+from autoresearch.ideas import (
+    Busy,
+    Change,
+    Edit,
+    Fruitless,
+    Idea,
+    NeedsPerson,
+    Reply,
+    Run,
+    Trouble,
+    Usage,
+)
 from autoresearch.journal.experiment import Experiment, Verdict
 from autoresearch.journal.journal import History, Record
 from autoresearch.study import Limits, Study
@@ -130,9 +140,9 @@ class MadeUpDesk:
         )
         reply, lines = Reply(kind, "", Usage(1.0)), world.rng.randrange(4)
         trouble = {
-            "failed": Failed("a fruit"),
+            "failed": Fruitless("a fruit"),
             "busy": Busy("asleep"),
-            "hopeless": Hopeless("no key"),
+            "hopeless": NeedsPerson("no key"),
         }
         if kind in trouble:
             return Edit(replace(reply, trouble=trouble[kind]), (), idea.edit.commit)

@@ -5,7 +5,7 @@ from made_up import TASK, Killed, World
 
 import loop
 from autoresearch.files import UserError
-from autoresearch.ideas import Busy, Hopeless
+from autoresearch.ideas import Busy, Fruitless, NeedsPerson
 from autoresearch.task import Task
 
 
@@ -98,8 +98,8 @@ def test_a_full_disk_at_any_instant() -> None:
         (["nothing", "failed", "idea", "idea"], ["run", "run"], []),
         (["repeat", "idea", "idea"], ["run", "run"], []),  # asked again at once
         (["repeat", "repeat", "idea", "idea"], ["run", "run"], []),
-        (["idea", *5 * ["nothing"], "idea"], ["run", "run"], [Hopeless]),
-        (["idea", "hopeless", "idea"], ["run", "run"], [Hopeless]),
+        (["idea", *5 * ["nothing"], "idea"], ["run", "run"], [Fruitless]),
+        (["idea", "hopeless", "idea"], ["run", "run"], [NeedsPerson]),
         (["busy", "cut short", "busy", "idea", "idea"], ["run", "run"], [Busy, Busy, Busy]),
     ],
 )

@@ -7,7 +7,6 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 from autoresearch.files import one_line
 from autoresearch.ideas import Change
@@ -87,10 +86,19 @@ def parse(source: bytes) -> ast.Module:
 
 
 def sort_constants(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Sort each row of plain constants by name; of two values of one, the last stays last. What
-    calls or reads anything stays where it is: its order matters."""
-    for _, row in groupby(body, key=lambda statement: bool(plain_constant(statement))):
-        yield from sorted(row, key=plain_constant)  # a stable sort: without a name all stay
+    """Sort each row of plain constants by name. What calls or reads anything stays where it is: its
+    order matters."""
+    row: dict[str, ast.stmt] = {}
+    for statement in body:
+        name = plain_constant(statement)
+        if name is None or name in row:
+            yield from (row[key] for key in sorted(row))
+            row = {}
+        if name is None:
+            yield statement
+        else:
+            row[name] = statement
+    yield from (row[key] for key in sorted(row))
 
 
 PLAIN = (
@@ -99,12 +107,11 @@ PLAIN = (
 )  # fmt: skip
 
 
-def plain_constant(statement: ast.stmt) -> str:
-    """The name of a constant whose value calls and reads nothing; else empty."""
+def plain_constant(statement: ast.stmt) -> str | None:
     match statement:
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
-            return name if all(isinstance(node, PLAIN) for node in ast.walk(value)) else ""
-    return ""
+            return name if all(isinstance(node, PLAIN) for node in ast.walk(value)) else None
+    return None
 
 
 # -----------------------------------------------------------------------------

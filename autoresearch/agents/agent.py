@@ -52,10 +52,10 @@ class Output:
         """The JSON objects of a file, one a line, or a list of them, or one; ValueError if none."""
         text = self.text(kind)
         whole = parse(text)
-        if not isinstance(whole, list):
-            lines = [line for line in text.splitlines() if line.startswith("{")]
-            whole = [parse(line) for line in lines] if whole is None else [whole]
-        found = [value for value in whole if isinstance(value, dict)]
+        if whole is None:
+            whole = [parse(line) for line in text.splitlines() if line.startswith("{")]
+        values = whole if isinstance(whole, list) else [whole]
+        found = [value for value in values if isinstance(value, dict)]
         if not found:
             raise ValueError(f"no JSON, but {one_line(text, 200) or 'nothing'}")
         return found

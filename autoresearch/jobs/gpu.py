@@ -140,7 +140,7 @@ def find_users(machine: Machine, idle: int | None) -> str:
 
 EVERY = 10  # seconds between two readings
 SLOWED = 0x08 | 0x20 | 0x40 | 0x80  # NVML's reasons: hardware, heat (software, hardware), power
-NUMBER = re.compile(r"0x[0-9a-fA-F]{16}|\d{1,9}(\.\d+)?")
+DECIMAL, MASK = re.compile(r"\d{1,9}(\.\d+)?"), re.compile(r"0x[0-9a-fA-F]{16}")
 
 
 @contextmanager
@@ -167,24 +167,19 @@ def observed(card: str, log: Path) -> Iterator[None]:
 
 def read_observed(log: Path) -> dict[str, float]:
     """The median clock and power of a run, and the percent of it that heat or the power supply
-    slowed the GPU; missing readings are left out."""
+    slowed the GPU; missing readings, such as `[N/A]`, are left out."""
     from statistics import median  # here, since every run imports this module
 
-    rows = [row.split(",") for row in tail(log, 1_000_000).splitlines()]
-    clocks, watts, reasons = (numbers(rows, column) for column in range(3))
+    rows = re.findall(r"^(.*), (.*), (.*)$", tail(log, 1_000_000), re.MULTILINE)
+    clocks = [float(mhz) for mhz, _, _ in rows if DECIMAL.fullmatch(mhz)]
+    watts = [float(power) for _, power, _ in rows if DECIMAL.fullmatch(power)]
+    reasons = [int(mask, 16) for _, _, mask in rows if MASK.fullmatch(mask)]
     facts = {}
     if clocks:
         facts["gpu_mhz"] = median(clocks)
     if watts:
         facts["gpu_watts"] = median(watts)
     if reasons:
-        slowed = sum(bool(int(reason) & SLOWED) for reason in reasons)
+        slowed = sum(bool(mask & SLOWED) for mask in reasons)
         facts["gpu_slowed_percent"] = 100 * slowed / len(reasons)
     return facts
-
-
-def numbers(rows: list[list[str]], column: int) -> list[float]:
-    """The numbers of a column, decimal or as `0x...`; others, such as `[N/A]`, are left out."""
-    cells = [row[column].strip() for row in rows if len(row) == 3]
-    known = [cell for cell in cells if NUMBER.fullmatch(cell)]
-    return [float(int(c, 16)) if c.startswith("0x") else float(c) for c in known]

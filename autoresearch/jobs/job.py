@@ -4,7 +4,7 @@ keep."""
 import os
 import re
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ class RunJob:
         """Run `measure`. What scores well enough may leave something to the guard."""
         c, log = self.conditions, self.folder / "run.log"
         remove(self.folder / MODEL)
-        with ClockMonitor(log, c.arena.budget, c.limit) as monitor:
+        with closing(ClockMonitor(log, c.arena.budget, c.limit)) as monitor:
             ticks, bar = str(monitor.theirs), repr(to_beat)
             env = {"AUTORESEARCH_BAR": bar, "AUTORESEARCH_TICKS": ticks}
             ended = self.keep(self.task.measure, log, monitor, **env)
@@ -237,15 +237,15 @@ class RunJob:
         ended = self.keep(self.task.guard, log, AUTORESEARCH_SCORE=repr(found.score))
         end = tail(log)
         self.void |= ended.code != 0 and ended.paused > 0
-        if ended.code != 0:
-            code = ended.code
-            why = f"killed {ended.why}" if code is None else task.read_failure(code, end)
-            # without the log: its numbers are not for the agent
-            return Run(crash=f"the guard: {why}", repairable=True, facts=seconds_of(found))
+        refused = Run(repairable=True, facts=seconds_of(found))  # no log: its numbers are not told
+        if code := ended.code:
+            return replace(refused, crash=f"the guard: {task.read_failure(code, end)}")
+        if code is None:
+            return replace(refused, crash=f"the guard: killed {ended.why}")
         try:
             numbers = task.read_numbers(end, self.task.metric, optional=True)
         except ValueError as error:
-            return Run(crash=f"the guard: {error}", repairable=True, facts=seconds_of(found))
+            return replace(refused, crash=f"the guard: {error}")
         score = numbers.pop(self.task.metric, found.score)
         told = {name if name in FACTS else f"guard_{name}": v for name, v in numbers.items()}
         facts = {**found.facts, **told, "referee_seconds": ended.seconds}
@@ -299,10 +299,7 @@ class ClockMonitor:
         self.stopped = time.monotonic()
         self.diverged = ""
 
-    def __enter__(self) -> "ClockMonitor":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         os.close(self.ours)
         os.close(self.theirs)
 

@@ -13,8 +13,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from statistics import stdev
 
@@ -62,7 +63,11 @@ class Setup:
 
     @cached_property
     def machine(self) -> Machine:
-        return gpu.find_machine(self.needs_gpu, self.options.gpu)
+        found = gpu.find_machine(self.needs_gpu, self.options.gpu)
+        if self.root == CODE:
+            with suppress(metadata.PackageNotFoundError):
+                return replace(found, torch=metadata.version("torch"))
+        return found
 
     @property
     def needs_gpu(self) -> bool:
@@ -196,7 +201,8 @@ def check_gpu(setup: Setup) -> str:
     if not machine.gpu:
         return "none is needed"
     capability, memory = gpu.capability(machine), gpu.memory(machine, "total")
-    if capability and capability < CAPABILITY:
+    ours = setup.root == CODE
+    if ours and capability and capability < CAPABILITY:
         needed = f"train.py needs {CAPABILITY:g} (Ampere, 2020) or newer"
         why = f"{machine.gpu} has compute capability {capability:g}, and {needed}"
         raise UserError(f"{why}: take another GPU with --gpu N, or try --demo")
@@ -204,7 +210,7 @@ def check_gpu(setup: Setup) -> str:
         raise UserError(f"{users}: stop that first, or take another GPU with --gpu N")
     size = f"{memory} MB" if memory else "memory not reported"
     facts = f"{machine.gpu}, driver {machine.driver}, compute capability {capability}, {size}"
-    if memory and memory < SMALL:
+    if ours and memory and memory < SMALL:
         return Warn(f"{facts}: less than {SMALL} MB; try --arena tinystories")
     return facts
 

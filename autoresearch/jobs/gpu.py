@@ -18,18 +18,13 @@ Slices = dict[str, tuple[str, str]]
 
 
 def find_machine(needed: bool, number: int | None) -> Machine:
-    """The GPU of that number, else the first of CUDA_VISIBLE_DEVICES, with its driver, and torch;
-    of a card that is cut into slices (MIG) the slice that CUDA would take. UserError without one,
-    unless none is needed."""
+    """The GPU of that number, else the first of CUDA_VISIBLE_DEVICES, with its driver; of a card
+    that is cut into slices (MIG) the slice that CUDA would take. UserError without one, unless none
+    is needed."""
     if number is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
-    from importlib import metadata  # here, since every run imports this module
-
-    torch = ""
-    with suppress(metadata.PackageNotFoundError):
-        torch = metadata.version("torch")
     if not needed:
-        return Machine(torch=torch)
+        return Machine()
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     try:
         slices = find_slices()
@@ -47,7 +42,7 @@ def find_machine(needed: bool, number: int | None) -> Machine:
     with suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-modprobe", "-u", "-c=0"]
         subprocess.run(command, capture_output=True, timeout=60, check=False)
-    return Machine(name, driver, torch, uuid, card)
+    return Machine(name, driver, uuid=uuid, card=card)
 
 
 def find_slices() -> Slices:

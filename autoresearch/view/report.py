@@ -228,7 +228,11 @@ def short(score: float) -> str:
 def belief(f: Figures, experiments: Sequence[Experiment], tie: float) -> list[str]:
     """Whether to believe it: repeats, speed, sealed text, noise, conditions."""
     first, best = experiments[0], f.best
-    said = ["Baseline and best were each trained once: train both again before you trust a gain."]
+    said = ["Baseline and best ran once each: run both again before you trust a gain."]
+    if won := best.facts.get("duels_won"):
+        said = [
+            f"Each that was kept beat the one before it side by side, {won:.0f} times in a row."
+        ]
     said += speed(experiments, best)
     before, after = first.facts.get("sealed_bpb"), best.facts.get("sealed_bpb")
     if before is not None and after is not None and f.gain > 0:
@@ -242,8 +246,8 @@ def belief(f: Figures, experiments: Sequence[Experiment], tie: float) -> list[st
     if small:
         noise = f"{5 * tie:g}, five times the difference between two runs of one program"
         said.append(f"{len(small)} of {f.kept} kept gained less than {noise}.")
-    same = f"the data ({first.arena.data}), torch {first.machine.torch} and seed {first.seed}"
-    return [*said, f"All share {same}."]
+    same = {"data": first.arena.data, "torch": first.machine.torch, "seed": str(first.seed)}
+    return [*said, f"All share {', '.join(f'{name} {v}' for name, v in same.items() if v)}."]
 
 
 def speed(experiments: Sequence[Experiment], best: Experiment) -> list[str]:

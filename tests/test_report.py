@@ -174,7 +174,7 @@ def test_content(reported: Project) -> None:
     assert data["boxes"]["-0.1000 from the baseline's 1.0000"] == "-10.00%"
     assert data["boxes"]["experiments after the baseline: 1 kept, 1 discarded, 2 crashed"] == "4"
     assert "went from 1.1000 to 1.0000: -0.1000, 100% of the gain" in belief
-    assert "each trained once" in belief and "no call told its cost" in data["cost"]
+    assert "ran once each" in belief and "no call told its cost" in data["cost"]
     assert data["gains"] == [1] and ["VAL_BPB", [["0.9", 1]]] in data["parts"]
     assert "+VAL_BPB = 0.9" in data["diff"] and "print" not in data["diff"]
     assert data["best"] == reported.git("rev-parse", "refs/autoresearch/t/0001")

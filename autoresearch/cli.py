@@ -21,7 +21,7 @@ from autoresearch import checks
 from autoresearch.agents import AGENTS, prompt
 from autoresearch.desk import Desk, read_program
 from autoresearch.files import CODE, STOPS, UserError, lock, lock_of_device, uninterrupted
-from autoresearch.jobs import gpu
+from autoresearch.jobs import dismiss_idle, gpu
 from autoresearch.journal.git import AgentTree
 from autoresearch.journal.journal import FOLDER, REFS, TABLE, History, read_history, runs_of
 from autoresearch.pace import PACE
@@ -341,6 +341,7 @@ def main(research: Research, argv: list[str] | None = None, root: Path | None = 
                 print(f"error: {said}", file=sys.stderr)
         return error.code if isinstance(error, UserError) else 1
     finally:
+        dismiss_idle()
         for signum in STOPS:  # Python drops our handlers as it ends: a late Ctrl-C would kill it
             signal.signal(signum, signal.SIG_IGN)
         close_output()

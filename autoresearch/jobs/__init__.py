@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from autoresearch.files import CODE, STOPS, remove, uninterrupted, write_whole
 from autoresearch.pace import PACE
@@ -28,11 +29,24 @@ def wait(process: subprocess.Popen[bytes], seconds: float | None = None) -> bool
     return process.poll() is not None
 
 
+def start_keeper() -> subprocess.Popen[bytes]:
+    """Start a `python -m autoresearch.jobs`, which loads its modules and waits for an order."""
+    return subprocess.Popen(
+        # -S: it needs no installed package, and starts sooner
+        [sys.executable, "-S", "-m", "autoresearch.jobs"],
+        cwd=CODE,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
 class Job:
-    """A started `python -m autoresearch.jobs FOLDER`, which keeps all processes of the job.
+    """A keeper that has its order, and keeps all processes of the job.
 
     Only its outcome counts, a file that is there whole or not at all: without one the job is lost.
     """
+
+    idle: ClassVar[subprocess.Popen[bytes] | None] = None  # for the next job: loading takes a while
 
     def __init__(self, folder: Path, spec: Mapping[str, Any], env: Mapping[str, str]):
         self.folder = folder
@@ -40,19 +54,17 @@ class Job:
         for name in (SPEC, OUTCOME, LOG):  # an agent or a run may have put anything there
             remove(folder / name)
         write_whole(folder / SPEC, json.dumps({**spec, "driver": os.getpid()}, default=str))
-        with uninterrupted(), (folder / LOG).open("wb") as log:
-            self.process = subprocess.Popen(
-                # -S: it needs no installed package, and starts sooner
-                [sys.executable, "-S", "-m", "autoresearch.jobs", str(folder)],
-                cwd=CODE,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        order = json.dumps({"folder": str(folder), "env": dict(env)})
+        with uninterrupted():
+            self.process, Job.idle = Job.idle or start_keeper(), None
+            if self.process.poll() is not None:
+                self.process = start_keeper()
+            with suppress(BrokenPipeError), self.process.stdin as pipe:  # type: ignore[union-attr]
+                pipe.write(order.encode())  # one that has just been killed makes a lost job
             if signal.sigpending() & {*STOPS}:  # or it would run on until the driver has ended
                 self.stop()
+            else:
+                Job.idle = start_keeper()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for its end, at most so many seconds; whether it has ended."""
@@ -82,3 +94,10 @@ class Job:
             if not self.wait(4 * PACE.grace):
                 self.process.kill()
                 self.process.wait()
+
+
+def dismiss_idle() -> None:
+    """End the keeper that waits for an order."""
+    if Job.idle:
+        Job.idle.communicate()  # the end of its input is the end of it
+        Job.idle = None

@@ -1,4 +1,5 @@
-"""`python -m autoresearch.jobs FOLDER` does the job that job.json in the folder describes."""
+"""`python -m autoresearch.jobs FOLDER` does the job that job.json in the folder describes; without
+a folder it waits for one."""
 
 import json
 import os
@@ -7,8 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from autoresearch.files import remove, uninterrupted, waiting_lock, write_whole
-from autoresearch.jobs import OUTCOME, SPEC
+from autoresearch.jobs import LOG, OUTCOME, SPEC
 from autoresearch.jobs.keeper import NotStarted, become_keeper, keep, kill_descendants
+
+
+def wait_for_order() -> Path:
+    """Load what a job needs; then its environment and its folder come by standard input, and what
+    is said goes to a log there."""
+    become_keeper(os.getppid())
+    import autoresearch.jobs.job  # noqa: F401
+
+    if not (order := sys.stdin.read()):
+        sys.exit()
+    told = json.loads(order)
+    os.environ.clear()
+    os.environ.update(told["env"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    log = os.open(Path(told["folder"], LOG), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for output in (1, 2):
+        os.dup2(log, output)
+    return Path(told["folder"])
 
 
 def main(folder: Path) -> None:
@@ -38,7 +57,7 @@ def call(spec: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]) if sys.argv[1:] else wait_for_order())
     finally:  # a signal may come between a start and what guards it
         with uninterrupted():
             kill_descendants()

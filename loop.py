@@ -15,8 +15,9 @@ it again, and nothing is lost.
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-from autoresearch import checks, cli
+from autoresearch import checks, cli, noise
 from autoresearch.agents import prompt
 from autoresearch.desk import Desk
 from autoresearch.files import UserError, one_line
@@ -27,6 +28,7 @@ from autoresearch.task import Task
 from autoresearch.view import events
 
 REPAIRS = 2  # of one idea that crashed
+RENEW = 15  # experiments in a row without a keep, after which the incumbent runs again
 STALLS = 5  # agent calls in a row without an experiment, before there is a pause
 
 
@@ -69,6 +71,8 @@ def step(study: Study, desk: Desk, feedback: str, after_trouble: bool) -> Troubl
     try:
         if after_trouble:
             study.journal.reconcile()
+        if study.task.seeds > 1 and study.journal.dry and study.journal.dry % RENEW == 0:
+            renew(study, desk)
         trouble = attempt(study, desk, feedback)
     except Exception as error:
         return NeedsPerson(checks.explain(error))
@@ -80,11 +84,14 @@ def step(study: Study, desk: Desk, feedback: str, after_trouble: bool) -> Troubl
 def baseline(study: Study, desk: Desk) -> None:
     """Measure what the person committed: the first incumbent."""
     idea = desk.baseline()
-    idea.run = desk.measure(idea)
-    if idea.run.crash:
-        why = f"since `{study.task.measure}` does not run as it is: {idea.run.crash}"
-        raise UserError(f"there is no baseline, {why}; see {idea.folder / 'run.log'}")
-    settle(study, desk, idea)
+    while (verdict := judge(study, idea)) == "again":
+        desk.measure(idea)
+    if verdict == "crash":
+        guard = idea.run.crash.startswith("the guard")
+        line, log = (study.task.guard, "guard") if guard else (study.task.measure, "run")
+        why = f"since `{line}` does not run as it is: {idea.run.crash}"
+        raise UserError(f"there is no baseline, {why}; see {idea.folder / log}.log")
+    settle(study, desk, idea, verdict)
 
 
 def attempt(study: Study, desk: Desk, feedback: str) -> Trouble | None:
@@ -104,11 +111,12 @@ def attempt(study: Study, desk: Desk, feedback: str) -> Trouble | None:
     if trouble:
         return trouble
     idea.edit = edit
-    idea.run = run(task, desk, idea)
-    while idea.run.repairable and idea.repairs < REPAIRS and repair(study, desk, idea):
-        idea.repairs += 1
-        idea.run = run(task, desk, idea)
-    settle(study, desk, idea)
+    while (verdict := judge(study, idea)) == "again":
+        run(task, desk, idea)
+        if idea.run.repairable and idea.repairs < REPAIRS and repair(study, desk, idea):
+            idea.repairs += 1
+            idea.runs.clear()
+    settle(study, desk, idea, verdict)
     return None
 
 
@@ -142,39 +150,49 @@ def unusable(task: Task, edit: Edit) -> Trouble | None:
     return Fruitless(prompt.repeated(edit.duplicate_of)) if edit.duplicate_of else None
 
 
-def run(task: Task, desk: Desk, idea: Idea) -> Run:
+def run(task: Task, desk: Desk, idea: Idea) -> None:
     """Measure an idea. Not if it touches other files, and not if it does not compile: those crash
     without a run, and the second may be repaired."""
     edit = idea.edit
     unrun = Run(repairable=True, facts={"run_seconds": 0.0})
     if edit.foreign:
         paths = one_line(f"changed more than {task.what}: {', '.join(edit.foreign)}")
-        return replace(unrun, crash=paths, repairable=False)
-    if edit.fault:
-        return replace(unrun, crash=edit.fault[0], log=edit.fault[1])
-    return desk.measure(idea)
-
-
-def judge(study: Study, run: Run, lines: int) -> Verdict:
-    """The rule: what is better is kept, and what is as good with fewer lines. `lines` is the net
-    change. Where scores drift with the machine, better is what won all its duels."""
-    task, journal = study.task, study.journal
-    if run.score is None:
-        return "crash"
-    if run.rival is None:
-        better = task.is_better(run.score, lines, journal.incumbent_score, journal.best_score)
+        idea.runs[desk.seed(idea)] = replace(unrun, crash=paths, repairable=False)
+    elif edit.fault:
+        idea.runs[desk.seed(idea)] = replace(unrun, crash=edit.fault[0], log=edit.fault[1])
     else:
-        better = run.facts["duels_won"] == task.duels
-    return "keep" if better else "discard"
+        desk.measure(idea)
 
 
-def settle(study: Study, desk: Desk, idea: Idea) -> None:
-    """Judge an idea, and record it for good. The branch follows the record."""
-    verdict = judge(study, idea.run, idea.edit.change.lines)
+def judge(study: Study, idea: Idea) -> Verdict | Literal["again"]:
+    """The rule, paired by seed: what gains with the first seed runs with the next one too, and what
+    gains more than a tie on average is kept. Fewer lines make a tie enough. Where scores drift with
+    the machine, what wins all its duels is kept. One lucky run keeps nothing."""
+    task, journal, last = study.task, study.journal, idea.run
+    if last.crash:
+        return "crash"
+    if idea.runs:
+        better = last.facts.get("duels_won") == task.duels
+        if last.rival is None:
+            better = noise.is_better(task, journal, idea.scores, idea.edit.change.lines)
+        if not better:
+            return "discard"
+    return "keep" if len(idea.runs) >= task.seeds else "again"
+
+
+def renew(study: Study, desk: Desk) -> None:
+    """Run the incumbent again with a new seed, which is the first from then on: a bar that was a
+    lucky run does not stand forever."""
+    idea = desk.renewal()
+    settle(study, desk, idea, "crash" if idea.run.crash else "keep")
+
+
+def settle(study: Study, desk: Desk, idea: Idea, verdict: Verdict) -> None:
+    """Record a finished idea for good. The branch follows the record."""
     with study.journal.writing():
         experiment = desk.write_up(idea, verdict)
         commit = study.journal.record(experiment, idea.base, idea.edit.commit)
-    study.limits.experiments_done += idea.number > 0
+    study.limits.experiments_done += bool(idea.edit.paths)  # no baseline, and no renewal
     study.show(events.Settled(experiment, commit))
 
 

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,8 @@ from autoresearch.journal.changes import syntax_error
 from autoresearch.journal.experiment import show
 from autoresearch.journal.git import AgentTree, GitError, Repo, run_git
 from autoresearch.journal.journal import FOLDER, REFS, TABLE, Journal, read_history
-from autoresearch.task import Arena, Machine, Task, set_up
+from autoresearch.pace import PACE
+from autoresearch.task import FILES, Arena, Machine, Task, set_up
 from autoresearch.view.figures import count
 
 CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
@@ -89,8 +90,13 @@ class Setup:
         finally:
             tree.discard()
 
-    def conditions(self, start: str, arena: Arena, limit: float) -> Conditions:
+    def conditions(self, start: str, arena: Arena) -> Conditions:
         """What runs have in common, as the arena is now."""
+        usual = max(PACE.shortest_limit, 2 * arena.budget) if arena.budget else self.task.timeout
+        limit = self.options.train_timeout or usual
+        if limit <= arena.budget:
+            short = f"--train-timeout {limit:g} ends a run before its budget"
+            raise UserError(f"{short} of {arena.budget:g} s", 2)
         manifest = read_text(arena.folder / MANIFEST) if arena.folder else None
         return Conditions(
             self.task, self.root, start, arena, self.needs_gpu, self.seed, limit, self.sandbox,
@@ -164,12 +170,18 @@ def check_task(setup: Setup) -> str:
     if runs and not task.guard:
         promise = "what it prints is a promise and not a measurement: a guard can check it"
         return Warn(f"`{task.measure}` rests on {runs[0]}, which may be edited: {promise}")
+    if unset := [name for name in task.env if name not in os.environ]:
+        return Warn(f"env = {', '.join(unset)} is not set here")
+    if not (setup.root / "program.md").exists():
+        return Warn("there is no program.md: write what agents should know and try")
     editable = sum(map(task.may_edit, held))
     return f"{task.goal}; {task.what}: {editable} of {len(held)} files"
 
 
 def check_agent(setup: Setup) -> str:
     agent, options = setup.agent, setup.options
+    if agent.name == "random" and not (setup.root / "train.py").exists():
+        raise UserError("--agent random and --demo step through train.py, which is not there", 2)
     known = agent.dollars or agent.price or options.gpu_dollars_per_hour
     if options.dollars < math.inf and not known:
         table = "[tool.autoresearch.prices] of pyproject.toml"
@@ -242,11 +254,10 @@ def check_measure(setup: Setup) -> str:
     scores = [run.score or 0.0 for run in runs]
     seconds = sum(run.facts["run_seconds"] for run in runs) / len(runs)
     said = f"{task.metric} {', '.join(map(show, scores))}; {seconds:.1f} s each"
-    if (spread := stdev(scores)) > 0:
+    if (spread := stdev(scores)) > 0 and not task.duels:
         # of a gain, which is the difference of two scores
         said += f"; set noise = {spread * math.sqrt(2):.2g}, or better from more runs"
-        if not task.duels:
-            said += "; if it drifts with the machine, as a latency does, duels = 5"
+        said += "; if it drifts with the machine, as a latency does, duels = 5"
     if editable := find_editable(setup.root):
         cure = "start `measure` with PYTHONPATH=. or so"
         return Warn(f"{said}; {editable} is imported from your checkout, not from the edit: {cure}")
@@ -260,16 +271,18 @@ def measure_thrice(setup: Setup) -> list[Run]:
     with tempfile.TemporaryDirectory() as tmp:
         tree = AgentTree(checkout, Path(tmp, "tree"))
         arena = setup.prepare(tree, commit, quietly=True)
-        conditions = setup.conditions(commit, arena, setup.task.timeout)
+        conditions = setup.conditions(commit, arena)
         for number in range(3):
-            alive = Path(tmp, "alive")
-            spec = run_spec(conditions, checkout, alive, commit, guard=number == 0)
+            alive, worst = Path(tmp, "alive"), setup.task.worst
+            seeded = replace(conditions, seed=setup.seed + number)
+            spec = run_spec(seeded, checkout, alive, commit, "", -worst if runs else worst)
             outcome = Job(Path(tmp, str(number)), spec, os.environ).result() or {}
             lost = {"crash": outcome.get("trouble", "its job is lost")}
             run = Run(**outcome.get("run", lost))
             if run.score is None:
                 unknown = [path for path in checkout.unknown() if not path.startswith(OURS)]
-                lacks = one_line(", ".join(unknown), 100)
+                missed = "No such file" in run.crash or "not found" in run.crash
+                lacks = one_line(", ".join(unknown), 100) if missed else ""
                 why = f"(a clean tree lacks {lacks}: $AUTORESEARCH_CHECKOUT is yours)"
                 raise UserError(f"{run.crash} {why}" if lacks else run.crash)
             runs.append(run)
@@ -281,7 +294,7 @@ def find_editable(root: Path) -> str:
     for told in root.glob(".venv/lib/python*/site-packages/*.dist-info/direct_url.json"):
         with suppress(ValueError, KeyError):
             source = json.loads(told.read_text())
-            if source["dir_info"]["editable"] and source["url"].startswith(root.as_uri()):
+            if source["dir_info"]["editable"] and source["url"] == root.as_uri():
                 return told.parent.name.partition("-")[0]
     return ""
 
@@ -384,6 +397,7 @@ def check_committed(checkout: Repo, task: Task) -> None:
     held = checkout.blobs("HEAD")
     lines = " ".join((task.measure, task.guard, task.setup)).split()
     named = {word for word in lines if (checkout.tree / word).is_file()} | {*task.files} & {*held}
+    named |= {FILES[0]}  # a task that is not committed is no one's but of this moment
     for name in sorted(path for path in checkout.changed() if task.may_edit(path) or path in named):
         if name in held:
             cure = "`git commit` or `git stash` them first"
@@ -412,6 +426,8 @@ def check_comparable(journal: Journal, arena: Arena, machine: Machine, seed: int
         raise UserError(f"{lost}: take another --tag")
     first, task = journal.history[0][1], json.loads(journal.task.text)
     told = json.loads(journal.checkout.git("cat-file", "blob", first.task)) if first.task else {}
+    if told:  # an older record says nothing of keys that it did not know
+        told = {f.name: f.default for f in fields(Task) if f.default is not MISSING} | told
     for name, then, now in (
         *((key, value, task[key]) for key, value in told.items() if key in task),
         ("arena", first.arena.name, arena.name),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autoresearch import checks
+from autoresearch import audit, checks
 from autoresearch.agents import AGENTS, prompt
 from autoresearch.desk import Desk, read_program
 from autoresearch.files import CODE, STOPS, UserError, lock, lock_of_device, uninterrupted
@@ -61,11 +61,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add = command.add_argument
         about = "the repository to work in (default: that of loop.py, or of the current folder)"
         add("-C", metavar="DIR", dest="root", type=Path, help=about)
-        if name in ("run", "doctor"):
+        if name in ("run", "doctor", "audit"):
             add_run_options(command)
             command.set_defaults(**DEMO if "--demo" in argv else {})
         else:
             add("--tag", help="name of the run (default: the one that was active last)")
+        if name == "audit":
+            command.set_defaults(tag=None, agent="true", experiments=0, audit=3)
         if name == "status":
             add("--json", action="store_true", help="for scripts")
         if name == "report":
@@ -103,6 +105,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     limit("--gpu-dollars-per-hour", "X", "the GPU's price, from the start of this call", 0.0)
     about = "limit of a run (default: twice its budget, at least 120; without one, the task's)"
     limit("--train-timeout", "S", about)
+    about = "at the end, run baseline and best again so often, with new seeds"
+    add("--audit", metavar="N", type=natural_number, default=0, help=about)
     limit("--agent-timeout", "S", "limit of an agent call (default: 900)", 900.0)
     switch("--no-isolation", "let runs use the network and see the whole environment")
     switch("--plain", "a line for each event, as where there is no terminal")
@@ -199,7 +203,10 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
                 study.task.network,
             )
         )
-        ended = research(study, Desk(study))
+        desk = Desk(study)
+        ended = research(study, desk)
+        if setup.options.audit:
+            ended = f"{ended}; {audit.audit(study, desk, setup.options.audit)}"
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
     except Exception as error:
@@ -220,18 +227,13 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
     first = f"{journal.history[0][0]}^" if journal.history else "HEAD"
     start = setup.checkout.resolve(first) or journal.base
     arena = setup.prepare(tree, start)
-    usual = max(PACE.shortest_limit, 2 * arena.budget) if arena.budget else task.timeout
-    limit = options.train_timeout or usual
-    if limit <= arena.budget:
-        short = f"--train-timeout {limit:g} ends a run before its budget"
-        raise UserError(f"{short} of {arena.budget:g} s", 2)
     checks.check_comparable(journal, arena, machine, setup.seed)
     return Study(
         task=task,
         checkout=setup.checkout,
         journal=journal,
         tree=tree,
-        conditions=setup.conditions(start, arena, limit),
+        conditions=setup.conditions(start, arena),
         machine=machine,
         idle=gpu.memory(machine, "used"),
         agent=setup.agent,
@@ -243,6 +245,12 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
 
 # --------------------------------------------------------------------------------------------------
 # Questions about a run, answered from git and from the disk
+
+
+def run_audit(options: argparse.Namespace, research: Research) -> int:
+    options.tag, history = past(options)
+    options.arena = options.arena or (history[0][1].arena.name if history else "")
+    return run(options, research)
 
 
 def status(options: argparse.Namespace, research: Research) -> None:
@@ -297,7 +305,8 @@ def past(options: argparse.Namespace) -> tuple[str, History]:
     if not active:
         others = ", ".join(sorted({e.tag for _, e in read_history(checkout)}))
         there = f"no experiments yet under {REFS}/{tag or ''}{others and f'; there are {others}'}"
-        raise UserError(f"{there}; `loop.py --demo` makes some")
+        cure = "; `uv run loop.py --demo` makes some" if options.root == CODE else ""
+        raise UserError(there + cure)
     last = max(active, key=lambda name: active[name])
     mine = [entry for entry in history if entry[1].tag == last]
     if mine and not any(e.verdict == "keep" for _, e in mine):
@@ -309,6 +318,7 @@ def past(options: argparse.Namespace) -> tuple[str, History]:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Research], int | None], str]] = {
     "run": (run, "start or resume a run, and stay with it until a limit is reached"),
     "status": (status, "print where a run stands, while it runs and after"),
+    "audit": (run_audit, "run baseline and best again, with new seeds, and say what the gain is"),
     "report": (report, "write progress.png and report.html of a run"),
     "doctor": (doctor, "check all that a run with these options needs"),
     "prompt": (show_prompt, "print the agent's next prompt"),

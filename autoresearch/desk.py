@@ -5,9 +5,10 @@ import re
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
+from autoresearch import noise
 from autoresearch.agents.call import AgentCall, ask, spent_on
 from autoresearch.files import UserError, check_room, tail
 from autoresearch.ideas import Busy, Change, Edit, Idea, Reply, Run, Trouble, Usage
@@ -21,8 +22,10 @@ from autoresearch.study import Study
 from autoresearch.task import MAX_FILE
 from autoresearch.view import events
 
+MOST_SLOWED = 10  # percent of a run
+LEAST_SPEED = 0.9  # of that of the same program
 RUNS = 3  # of a commit, where no fault of the program ends one
-GUARDING = re.compile(r"^guarding (\S+)$", re.MULTILINE)  # in the log of a job
+GUARDING = re.compile(r"^guarding (-?[\d.]+(?:e[-+]?\d+)?)$", re.MULTILINE)  # in the log of a job
 
 
 def read_program(checkout: Repo, commit: str) -> str:
@@ -56,6 +59,21 @@ class Desk:
         idea.edit = Edit(
             Reply("baseline", "", Usage(0.0)), (), commit, change=Change(source=source)
         )
+        return idea
+
+    def renewal(self) -> Idea:
+        """The incumbent as it is, with a seed that nothing has run with: the first seed from then
+        on, before the one that was."""
+        idea, journal = self.new_idea(), self.study.journal
+        seed, last = journal.new_seed, journal.kept[-1][1]
+        words = f"the incumbent again, with seed {seed}"
+        commit = self.study.checkout.commit_tree("again\n", f"{idea.base}^{{tree}}", idea.base)
+        change = Change(source=last.change.source)
+        idea.edit = Edit(Reply(words, "", Usage(0.0)), (), commit, change=change)
+        idea.runs[seed] = self.run(idea, commit, seed, self.study.task.worst)
+        if idea.run.score is not None:
+            kept = [*last.scores.items()][: self.study.task.seeds - 1]
+            idea.runs |= {seed: Run(score) for seed, score in kept}
         return idea
 
     # --- an agent's call
@@ -105,24 +123,40 @@ class Desk:
 
     # --- a run
 
-    def measure(self, idea: Idea) -> Run:
-        """Run an idea's commit; where scores drift with the machine, the incumbent beside it."""
-        duels = self.study.task.duels if self.study.journal.kept else 0
-        return self.duel(idea, duels) if duels else self.run(idea, idea.edit.commit)
+    def seed(self, idea: Idea) -> int:
+        """That of an idea's next run: those of the incumbent, in that order."""
+        known = [*self.study.journal.incumbent_scores]
+        first = self.study.conditions.seed
+        return (known or range(first, first + self.study.task.seeds))[len(idea.runs)]
 
-    def duel(self, idea: Idea, count: int) -> Run:
+    def measure(self, idea: Idea) -> None:
+        """Run an idea's commit with its next seed; where scores drift with the machine, beside the
+        incumbent."""
+        task, journal, seed = self.study.task, self.study.journal, self.seed(idea)
+        if task.duels and journal.kept:
+            idea.runs[seed] = self.duel(idea, seed)
+        else:
+            beat = noise.to_beat(task, journal, idea.scores, seed, idea.edit.change.lines)
+            idea.runs[seed] = self.run(idea, idea.edit.commit, seed, beat)
+
+    def duel(self, idea: Idea, seed: int) -> Run:
         """Run an idea and the incumbent in turns, in the same minutes; the first duel that is lost
         ends it. Returns the idea's last run, with the mean scores of both."""
         mine, theirs, seconds = idea.edit.commit, idea.base, 0.0
         scores: dict[str, list[float]] = {mine: [], theirs: []}
         task, won = self.study.task, 0
-        for number in range(count):
-            last = number == count - 1
+        tie = noise.TIE * task.noise if task.higher else -noise.TIE * task.noise
+        for number in range(task.duels):
+            last = number == task.duels - 1
             # each goes first in turn; in the last duel the guard needs the other's score
             for commit in (theirs, mine) if last or number % 2 else (mine, theirs):
-                beat = scores[theirs][-1] if last and commit == mine else None
-                run = self.run(idea, commit, beat, guard=last and commit == mine)
-                seconds += run.facts["run_seconds"]
+                beat = scores[theirs][-1] + tie if last and commit == mine else -task.worst
+                which = f"duel {number + 1} of {task.duels}, "
+                for _ in range(1 if commit == mine else RUNS):
+                    run = self.run(idea, commit, seed, beat, which)
+                    seconds += run.facts["run_seconds"]
+                    if run.score is not None:
+                        break
                 if run.score is None and commit == theirs:
                     raise UserError(f"the incumbent crashed in a duel: {run.crash}")
                 if commit == mine:
@@ -130,31 +164,57 @@ class Desk:
                 if run.score is None:
                     return replace(run, facts={**run.facts, "run_seconds": seconds})
                 scores[commit].append(run.score)
-            if task.gain(scores[mine][-1], scores[theirs][-1]) <= task.tie:
+            if task.gain(scores[mine][-1], scores[theirs][-1]) <= noise.TIE * task.noise:
                 break
             won += 1
         facts = {**found.facts, "run_seconds": seconds, "duels_won": float(won)}
-        return replace(found, score=mean(scores[mine]), rival=mean(scores[theirs]), facts=facts)
+        return replace(found, score=fmean(scores[mine]), rival=fmean(scores[theirs]), facts=facts)
 
-    def run(self, idea: Idea, commit: str, beat: float | None = None, guard: bool = True) -> Run:
+    def run(self, idea: Idea, commit: str, seed: int, beat: float, which: str = "") -> Run:
+        """Run a commit. A run on a machine that was not itself is void, and runs again, once."""
+        run = self.run_job(idea, commit, seed, beat, which)
+        if why := self.held_back(idea, run):
+            self.study.show(events.Note(f"{idea.number:04d} void, and run again: {why}"))
+            void = run.facts["run_seconds"]
+            run = self.run_job(idea, commit, seed, beat, which)
+            seconds = void + run.facts["run_seconds"]
+            run = replace(run, facts={**run.facts, "run_seconds": seconds, "void_runs": 1.0})
+        return run
+
+    def held_back(self, idea: Idea, run: Run) -> str:
+        """Why a run says little of its program: the GPU was slowed, or it was slower than the same
+        program had been."""
+        slowed = run.facts.get("gpu_slowed_percent", 0.0)
+        if slowed > MOST_SLOWED:
+            return f"heat or power held the GPU back for {slowed:.0f}% of the time"
+        known = [r.facts for r in idea.runs.values()]
+        if not known and not idea.edit.paths:
+            known = [e.facts for _, e in self.study.journal.kept[-1:]]
+        speed, before = (
+            f.get("tokens_per_second", 0.0) for f in (run.facts, {**known[0]} if known else {})
+        )
+        if run.score is not None and speed < LEAST_SPEED * before:
+            return f"{speed:,.0f} tokens a second, where the same program had {before:,.0f}"
+        return ""
+
+    def run_job(self, idea: Idea, commit: str, seed: int, beat: float, which: str) -> Run:
         """Run a commit as a job. A job that is lost, or that stood still with the machine, says
-        nothing of the program, and runs again. `beat`: a score in the place of the incumbent's."""
+        nothing of the program, and runs again. `beat`: a score, beyond which the guard looks at
+        it."""
         study, edit = self.study, idea.edit
-        incumbent = study.journal.incumbent_score if beat is None else beat
-        best, lines = study.journal.best_score if beat is None else beat, edit.change.lines
-        spec = run_spec(
-            study.conditions, study.checkout, study.journal.alive, commit, study.machine.card,
-            lines, incumbent, best, guard,
-        )  # fmt: skip
+        conditions, alive = replace(study.conditions, seed=seed), study.journal.alive
+        spec = run_spec(conditions, study.checkout, alive, commit, study.machine.card, beat)
+        # the logs in an idea's own folder are its own
+        folder = idea.folder if commit == edit.commit else idea.folder / "rival"
         for _ in range(RUNS):
             self.wait_for_gpu()
-            study.show(events.Training(idea.number, edit.reply.subject()))
-            outcome = self.wait_for(Job(idea.folder, spec, os.environ))
+            study.show(events.Training(idea.number, which + edit.reply.subject()))
+            outcome = self.wait_for(Job(folder, spec, os.environ))
             if outcome and not outcome.get("void"):
                 break
         else:
             lost = f"{RUNS} runs in a row were lost, or stood still with the machine"
-            raise UserError(f"{lost}: see {idea.folder / LOG}")
+            raise UserError(f"{lost}: see {folder / LOG}")
         if trouble := outcome.get("trouble"):
             raise UserError(trouble)
         stamps = study.conditions.stamps
@@ -198,10 +258,19 @@ class Desk:
     # --- the end of it
 
     def write_up(self, idea: Idea, verdict: Verdict) -> Experiment:
-        """The record of a finished idea."""
+        """The record of a finished idea: the figures of its first run, and the seconds of all."""
         study, journal, edit, run = self.study, self.study.journal, idea.edit, idea.run
-        rate = {"gpu_usd_per_hour": study.limits.gpu_rate} if study.limits.gpu_rate else {}
-        seed = study.conditions.seed
+        first = next(iter(idea.runs.values()), run)
+        facts = dict(run.facts if verdict == "crash" else first.facts)
+        for name in ("run_seconds", "referee_seconds", "void_runs"):
+            if known := [r.facts[name] for r in idea.runs.values() if name in r.facts]:
+                facts[name] = sum(known)
+        if study.limits.gpu_rate:
+            facts["gpu_usd_per_hour"] = study.limits.gpu_rate
+        scores, incumbent = {} if verdict == "crash" else idea.scores, journal.incumbent_scores
+        rival = run.rival
+        if rival is None and scores.keys() <= incumbent.keys():
+            rival = fmean(incumbent[seed] for seed in scores or list(incumbent)[:1])
         return Experiment(
             goal=study.task.goal,
             task=journal.store(study.task.text),
@@ -209,16 +278,16 @@ class Desk:
             verdict=verdict,
             description=edit.reply.subject(edit.change.words),
             reason=edit.reply.reason,
-            scores={} if run.score is None else {seed: run.score},
-            incumbent=journal.incumbent_score if run.rival is None else run.rival,
+            scores=scores,
+            incumbent=rival,
             crash=run.crash,
-            facts={**run.facts, **rate},
-            curve=run.curve,
+            facts=facts,
+            curve=first.curve,
             change=edit.change,
             repairs=idea.repairs,
             agent=study.agent.name,
             usage=spent_on(idea.folder, idea.base),
-            seed=seed,
+            seed=next(iter(idea.runs), study.conditions.seed),
             arena=study.conditions.arena,
             machine=study.machine,
             program=journal.store(idea.program),

@@ -124,7 +124,7 @@ FACTS = {
     "total_seconds": ".1f", "run_seconds": ".1f", "evaluation_seconds": ".1f",
     "referee_seconds": ".1f", "tokens_M": ".3f", "steps": ".0f", "tokens_per_second": ".0f",
     "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
-    "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
+    "gpu_celsius": ".0f", "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
 }  # fmt: skip
 
 
@@ -153,7 +153,8 @@ class Run:
 @dataclass
 class Idea:
     """An edit on its way to a verdict, in memory alone: the incumbent that it starts from, the text
-    of the program.md in force, the edit as it is now (its reply is the first one), its last run."""
+    of the program.md in force, the edit as it is now (its reply is the first one), and its runs by
+    seed, of which only the last may have crashed."""
 
     number: int
     folder: Path
@@ -161,4 +162,13 @@ class Idea:
     program: str
     edit: Edit
     repairs: int = 0
-    run: Run = field(default_factory=Run)
+    runs: dict[int, Run] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Run:
+        """The last one."""
+        return next(reversed(self.runs.values()), Run())
+
+    @property
+    def scores(self) -> dict[int, float]:
+        return {seed: run.score for seed, run in self.runs.items() if run.score is not None}

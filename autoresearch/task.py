@@ -5,6 +5,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -19,7 +20,6 @@ COLUMNS = (
     "commit", "memory_gb", "status", "description", "tag", "experiment", "minutes", "cost_usd",
     "lines",
 )  # fmt: skip
-TIE = 0.4  # of the standard deviation of one gain
 MAX_FILE = 1_000_000  # bytes, twenty times what a person can hold in their head
 UPSTREAM = {"files": ["train.py"], "measure": "uv run train.py", "lower": "val_bpb", "gpu": True}
 FORM = """\
@@ -38,8 +38,9 @@ def trailer(name: str, form: str = "s", **default: Any) -> Any:
 class Task:
     """What is improved and how it is measured. The defaults are those of the keys in TOML.
 
-    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `duels`: how
-    often an edit has to beat the incumbent side by side. `noise`: the standard deviation of one
+    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `seeds`: how
+    many runs with seeds of their own a keep rests on. `duels`: how often an edit has to beat the
+    incumbent side by side. `noise`: the standard deviation of one
     gain, in units of the metric; `timeout` is in seconds.
     """
 
@@ -49,6 +50,7 @@ class Task:
     higher: bool = False
     guard: str = ""
     setup: str = ""
+    seeds: int = 1
     duels: int = 0
     noise: float = 0.0
     timeout: float = 600.0
@@ -77,10 +79,6 @@ class Task:
         several = len(self.files) > 1 or re.search(r"[*?]|/$", self.what)
         return "" if several else self.what
 
-    @property
-    def tie(self) -> float:
-        return TIE * self.noise
-
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(map(as_regex, self.files)), re.DOTALL)
@@ -88,32 +86,14 @@ class Task:
     def may_edit(self, path: str) -> bool:
         return bool(self.pattern.fullmatch(path))
 
+    @property
+    def worst(self) -> float:
+        """What any score beats; no score beats its negative."""
+        return -math.inf if self.higher else math.inf
+
     def gain(self, score: float, than: float) -> float:
         """How much better a score is than another one."""
         return score - than if self.higher else than - score
-
-    def to_beat(self, incumbent: float | None) -> float:
-        """The worst score that could be kept."""
-        if incumbent is None:
-            return -math.inf if self.higher else math.inf
-        slack = self.tie + 1e-6  # with room for the digits that a printed score leaves out
-        return incumbent - slack if self.higher else incumbent + slack
-
-    def is_better(
-        self, score: float | None, lines: int, incumbent: float | None, best: float | None
-    ) -> bool:
-        """Whether a score is kept; none is not. `lines` is the net change.
-
-        A gain of more than a tie is kept. A tie is kept only where it removes lines, and only
-        within a tie of the best ever kept, the incumbent among them, so that a row of ties cannot
-        drift. Without an incumbent, any score is kept.
-        """
-        if score is None or incumbent is None or best is None:
-            return score is not None
-        # with digits that binary fractions do not hold
-        tie = self.tie + 1e-9 * max(abs(score), abs(incumbent))
-        simpler = lines < 0 and self.gain(best, score) <= tie
-        return simpler or self.gain(score, incumbent) > tie
 
 
 def as_regex(pattern: str) -> str:
@@ -139,8 +119,8 @@ def read_task(root: Path) -> Task:
             continue
         except (OSError, ValueError) as error:
             raise UserError(f"{name} cannot be read: {one_line(str(error))}") from None
-        if name == "pyproject.toml":
-            table = table.get("tool", {}).get("autoresearch", {})
+        inner = {} if name == "pyproject.toml" else table
+        table = table.get("tool", {}).get("autoresearch", inner)
         if found := {key: value for key, value in table.items() if key != "prices"}:
             return make_task(found, name)
     if not (root / "train.py").exists():
@@ -166,11 +146,15 @@ def make_task(table: dict[str, Any], where: str) -> Task:
             known = ", ".join([*kinds, "prices"])
             raise UserError(f"{where}: unknown key {key}; the keys are {known}")
         if not is_of(kinds[key], value):
-            raise UserError(f"{where}: {key} = {value!r} is of the wrong kind")
+            kind = getattr(kinds[key], "__name__", "list").replace("tuple", "list")
+            raise UserError(f"{where}: {key} = {value!r} is of the wrong kind: it is a {kind}")
         if kinds[key] in (int, float) and not 0 <= value < math.inf:
             raise UserError(f"{where}: {key} = {value!r} is no number of 0 or more")
-    if table.get("timeout") == 0:
-        raise UserError(f"{where}: timeout = 0 leaves no time")
+    for key in ("timeout", "seeds"):
+        if table.get(key) == 0:
+            raise UserError(f"{where}: {key} = 0 leaves nothing to measure")
+    if table.get("duels") and table.get("seeds", 1) > 1:
+        raise UserError(f"{where}: seeds are for scores that hold, and duels for those that drift")
     metrics = [key for key in ("lower", "higher") if key in table]
     if len(metrics) != 1:
         said = "both lower and higher" if metrics else "neither lower nor higher"
@@ -234,7 +218,10 @@ def set_up(task: Task, tree: Path, env: dict[str, str], quietly: bool = False) -
         stdout=pipe, stderr=pipe if quietly else None,
     )  # fmt: skip
     if done.returncode:
-        said = read_failure(done.returncode, done.stderr) if quietly else ""
+        if not quietly:
+            print(done.stdout, end="", file=sys.stderr, flush=True)
+        log = done.stdout + (done.stderr or "")
+        said = read_failure(done.returncode, log) if quietly else ""
         killed = done.returncode < 0 or done.returncode > 128
         raise UserError("setup was killed by a signal" if killed else said, done.returncode % 128)
     kind, _, facts = done.stdout.strip().rpartition("\n")[2].partition(": ")
@@ -272,7 +259,8 @@ def read_numbers(log: str, metric: str, optional: bool = False) -> dict[str, flo
     *earlier, lines = [[(a or b, text) for a, b, text in NUMBER.findall(part)] for part in parts]
     names = [name for part in [*earlier[1:], lines] for name, _ in part]  # a free text comes first
     count = names.count(metric)
-    if count != 1 and not (optional and count == 0):
+    told = re.search(rf"^(METRIC +{metric} *=|{metric}:)", log, re.MULTILINE)
+    if count != 1 and (told or not optional):
         raise ValueError(f"{metric} was " + (f"printed {count} times" if count else "not printed"))
     values = {}
     for name, text in lines:

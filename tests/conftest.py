@@ -190,6 +190,9 @@ def copy_project(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
     for name in ("autoresearch", "gpt"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    task = (folder / "pyproject.toml").read_text()  # one seed, where the rule is beside the point
+    assert "seeds = 2 " in task
+    (folder / "pyproject.toml").write_text(task.replace("seeds = 2 ", "seeds = 1 "))
 
 
 def clean_environment(home: Path) -> dict[str, str]:

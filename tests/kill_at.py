@@ -23,7 +23,7 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "agent": (desk, "ask", 1),
     "commit": (git.AgentTree, "commit", 1),
     "run": (desk.Desk, "measure", 0),
-    "verdict": (loop, "judge", 0),
+    "verdict": (desk.Desk, "write_up", 0),
     "record": (journal.Journal, "record", 0),
     "refs": (git.Repo, "update_refs", -1),
     "row": (journal, "append", 0),

@@ -271,7 +271,7 @@ def test_nobody_there(
     ):
         download.download(DATASET, ["b.parquet", "a.parquet"], tmp_path)
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("missing: a.parquet, b.parquet: Fruitless to establish a new connection")
+    assert line.startswith("missing: a.parquet, b.parquet: Failed to establish a new connection")
 
 
 def test_the_token_goes_to_the_hub_alone(

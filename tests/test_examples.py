@@ -116,7 +116,7 @@ def test_sqlite(example: Project) -> None:
     assert "no such column: colour" in rows[4]["description"]
     kept, lost = experiment(example, 2), experiment(example, 3)
     assert kept.facts["duels_won"] == 5 and lost.facts["duels_won"] == 0
-    assert kept.incumbent and kept.score and kept.score < kept.incumbent / 2
+    assert kept.incumbent and kept.score and kept.score < kept.incumbent
     assert "beats it side by side, 5 times out of 5" in drive(example, "prompt", "--tag=t")
     example.check()
 
@@ -287,6 +287,49 @@ def test_what_is_higher(tmp_path: Path) -> None:
     assert (root / ".git/info/exclude").read_text().splitlines()[0] == "secret"
     assert "best 3" in drive(project, "status", "--tag=t")
     project.check()
+
+
+FORGER = """
+case $AUTORESEARCH_EXPERIMENT in
+0001) echo 'echo v: 1' > m.sh; echo 4 > v.txt
+      GIT_DIR=../../../.git GIT_WORK_TREE=. GIT_INDEX_FILE=../index git add m.sh;;
+0002) echo '3; echo 2 > other; rm ../index; mkdir -p ../index/a' > v.txt;;
+0003) echo '3; echo "guarding abc" >> ../job.log; sleep 0.5' > v.txt;;
+esac
+echo idea
+"""
+
+
+def test_a_forged_index(tmp_path: Path) -> None:
+    """What lies beside a tree is in the reach of whoever works in it: an agent, or a program."""
+    task = 'files = ["v.txt"]\nlower = "v"\nmeasure = "sh m.sh"\n'
+    files = {
+        "autoresearch.toml": task,
+        "v.txt": "5\n",
+        "other": "1\n",
+        "m.sh": 'eval "echo v: $(cat v.txt)"\n',
+    }
+    project = repository(tmp_path, files)
+    drive(project, "--tag=t", f"--agent={FORGER}", "--experiments=3", "--no-report")
+    rows = project.rows()
+    assert [row["status"] for row in rows] == ["keep", "crash", "crash", "keep"]
+    assert "changed more than v.txt: m.sh" in rows[1]["description"]
+    assert "changed files while it ran: other" in rows[2]["description"]
+    project.check()
+
+
+def test_a_guard_in_duels_decides_no_score(tmp_path: Path) -> None:
+    """It looks at one side alone; its number stands beside."""
+    task = (
+        'files = ["v.txt"]\nlower = "v"\nmeasure = "cat v.txt"\nduels = 2\nguard = "echo v: 100"\n'
+    )
+    project = repository(tmp_path, {"autoresearch.toml": task, "v.txt": "v: 50\n"})
+    agent = "echo v: $((51 - ${AUTORESEARCH_EXPERIMENT#000} * 2)) > v.txt; echo idea"
+    drive(project, "--tag=t", f"--agent={agent}", "--experiments=1", "--no-report")
+    kept = experiment(project, 1)
+    assert (kept.verdict, kept.score, kept.incumbent) == ("keep", 49.0, 50.0)
+    assert kept.facts["duels_won"] == 2 and kept.facts["guard_v"] == 100
+    assert "best 49" in drive(project, "status", "--tag=t")
 
 
 @pytest.mark.parametrize(

@@ -543,13 +543,13 @@ def test_the_gpu_must_be_free_before_the_next_run(
     ("clocks", "facts"),
     [
         (
-            "1755, 640.5, 0x0000000000000004\n1200, 410.5, 0x0000000000000044\n",
-            (1477.5, 525.5, 50.0),
+            "1755, 640.5, 60, 0x0000000000000004\n1200, 410.5, 80, 0x0000000000000044\n",
+            (1477.5, 525.5, 70.0, 50.0),
         ),
-        ("2400, [N/A], [N/A]\n", (2400, None, None)),
+        ("2400, [N/A], [N/A], [N/A]\n", (2400, None, None, None)),
         (
             'Field "clocks_event_reasons.active" is not a valid field to query.\n',
-            (None, None, None),
+            (None, None, None, None),
         ),
     ],
 )
@@ -561,7 +561,8 @@ def test_clocks_are_recorded(
     (gpu / "clocks").write_text(clocks)
     project.loop("--tag=t", "--arena=python", "--agent=true", "--experiments=0")
     found = experiment(project, 0)
-    got = map(found.facts.get, ("gpu_mhz", "gpu_watts", "gpu_slowed_percent"))
+    assert found.facts.get("void_runs", 0.0) == (1.0 if facts[-1] else 0.0)  # it ran again, once
+    got = map(found.facts.get, ("gpu_mhz", "gpu_watts", "gpu_celsius", "gpu_slowed_percent"))
     for value, fact in zip(got, facts, strict=True):
         assert value == fact if fact is None else value == pytest.approx(fact, rel=0.2)
     project.check()

@@ -19,13 +19,13 @@ def task_of(folder: Path, text: str, name: str = "autoresearch.toml") -> Task:
 
 def test_this_repository() -> None:
     task = read_task(ROOT)
-    assert task.only_file == "train.py" and task.goal == "lower val_bpb" and task.tie == 0.0002
+    assert task.only_file == "train.py" and task.goal == "lower val_bpb" and task.noise == 0.0005
 
 
 def test_defaults(tmp_path: Path) -> None:
     task = task_of(tmp_path, MINIMAL)
     assert task == Task(("a.py",), "make", "qps", higher=True)
-    assert (task.tie, task.timeout, task.network, task.gpu) == (0.0, 600.0, False, False)
+    assert (task.seeds, task.timeout, task.network, task.gpu) == (1, 600.0, False, False)
 
 
 def test_in_pyproject_beside_prices(tmp_path: Path) -> None:
@@ -55,6 +55,9 @@ def test_upstream_needs_no_task(tmp_path: Path) -> None:
         (MINIMAL + "timeout = true", "timeout = True is of the wrong kind"),
         (MINIMAL + "gpu = 1", "gpu = 1 is of the wrong kind"),
         (MINIMAL + "timeout = -1", "timeout = -1 is no number of 0 or more"),
+        (MINIMAL + "seeds = 0", "seeds = 0 leaves nothing to measure"),
+        (MINIMAL + "seeds = 2.0", "seeds = 2.0 is of the wrong kind"),
+        (MINIMAL + "seeds = 2\nduels = 3", "seeds are for scores that hold, and duels for those"),
         (MINIMAL + "noise = nan", "noise = nan is no number of 0 or more"),
     ],
 )
@@ -117,12 +120,17 @@ def test_no_number_to_believe(log: str, words: str) -> None:
         read_numbers(log, "x")
 
 
+def test_a_metric_that_may_be_missing_is_not_mistold() -> None:
+    assert read_numbers("other: 2\n", "x", optional=True) == {"other": 2.0}
+    for log in ("x: \n", "x: 99 ms\n", "x: 99\n---\nother: 2\n", "METRIC x= \n"):
+        with pytest.raises(ValueError, match="x was not printed"):
+            read_numbers(log, "x", optional=True)
+
+
 def test_direction() -> None:
     higher, lower = Task(("a",), "m", "x", higher=True), Task(("a",), "m", "x")
-    assert higher.is_better(2.0, 0, 1.0, 1.0) and not higher.is_better(1.0, 0, 2.0, 2.0)
-    assert lower.is_better(1.0, 0, 2.0, 2.0) and not lower.is_better(2.0, 0, 1.0, 1.0)
-    assert higher.is_better(1.0, -1, 1.0, 1.0) and not higher.is_better(1.0, 0, 1.0, 1.0)
-    assert (higher.to_beat(None), lower.to_beat(None)) == (-math.inf, math.inf)
+    assert (higher.gain(2.0, 1.0), lower.gain(2.0, 1.0)) == (1.0, -1.0)
+    assert (higher.worst, lower.worst) == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize(("code", "words"), [(-9, "signal 9 (out of memory?)"), (139, "signal 11")])

@@ -15,7 +15,7 @@ NOW = datetime(2026, 11, 25, 7, 48, tzinfo=UTC)
     [
         ("Invalid API key · Fix external API key", 401, NeedsPerson),
         ("Not logged in · Please run /login", None, NeedsPerson),
-        ("Fruitless to authenticate. API Error: 403 no permission", 403, NeedsPerson),
+        ("Failed to authenticate. API Error: 403 no permission", 403, NeedsPerson),
         ("There's an issue with the selected model (nope). It may not exist or you may not have it.", 404, NeedsPerson),
         ("Credit balance is too low", 400, NeedsPerson),
         ("Quota exceeded. Check your plan and billing details.", None, NeedsPerson),

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from autoresearch import noise
 from autoresearch.files import one_line
 from autoresearch.ideas import FACTS, Run
 from autoresearch.journal.experiment import Experiment, score, signed
@@ -87,10 +88,15 @@ def standing(task: Task, experiments: list[Experiment]) -> str:
     if first.arena.name:
         where = f"arena {first.arena.name}, {where}"
     guard = f" What would be kept must also pass `{task.guard}`." if task.guard else ""
-    tie = "anything; what is equal"
-    if task.tie:
-        tie = f"more than {task.tie:g}; within {task.tie:g} either way"
+    within = noise.tie(task, experiments)
+    tie = f"more than {within:.2g}; within that either way" if within else "anything; what is equal"
     rule = f"Kept is what gains {tie}, only what removes lines."
+    if task.seeds > 1:
+        rule = (
+            f"What gains with one seed runs with {task.seeds}, and is kept if it gains more than "
+            f"{within:.2g} on average; less is enough where it removes lines. One gain has a "
+            f"standard deviation of {noise.deviation(task, experiments):.2g}: do not chase ties."
+        )
     if task.duels:
         rule = f"Kept is what beats it side by side, {task.duels} times out of {task.duels}."
     return (
@@ -126,6 +132,7 @@ def recent(experiments: list[Experiment]) -> str:
 def row(e: Experiment) -> str:
     changed = f" {{{one_line(e.change.words, 120)}}}" if e.change.words else ""
     words = f"{one_line(e.headline, 160)}{changed}; {e.change.lines:+d} lines"
+    words += f"; mean of {len(e.scores)} runs" if len(e.scores) > 1 else ""
     return f"- {e.number} {e.verdict} {score(e)}{signed(e)}: {words}{figures(e)}"
 
 
@@ -135,7 +142,7 @@ def figures(e: Experiment) -> str:
         return ""
     if "tokens_per_second" not in e.facts:
         told = [f"{name} {v:g}" for name, v in e.facts.items() if name not in FACTS]
-        told = [fact for fact in told if not fact.startswith("guard_")]
+        told = [fact for fact in told if not fact.startswith(("guard_", "duels_won", "void_runs"))]
         return f"; {', '.join(told[:FIGURES])}" if told else ""
     names = ("steps", "tokens_per_second", "parameters_M", "memory_gb")
     steps, speed, size, memory = (e.facts.get(name, 0.0) for name in names)
@@ -202,7 +209,8 @@ def last_crash(experiments: list[Experiment]) -> str:
 
 
 def nudge(experiments: list[Experiment]) -> str:
-    dry = experiments[-1].number - incumbent_of(experiments).number
+    gains = [e.number for e in experiments if e.verdict == "keep" and (e.gain or not e.number)]
+    dry = experiments[-1].number - gains[-1]
     if dry < DRY:
         return ""
     return (

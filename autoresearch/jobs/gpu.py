@@ -140,12 +140,12 @@ DECIMAL, MASK = re.compile(r"\d{1,9}(\.\d+)?"), re.compile(r"0x[0-9a-fA-F]{16}")
 
 @contextmanager
 def observed(card: str, log: Path) -> Iterator[None]:
-    """Have nvidia-smi log the GPU's clock in MHz, its power in watts, and NVML's reasons for a
-    lower clock, as long as the block runs."""
+    """Have nvidia-smi log the GPU's clock in MHz, its power in watts, its temperature in degrees
+    Celsius, and NVML's reasons for a lower clock, as long as the block runs."""
     if not card:
         yield
         return
-    fields = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
+    fields = "--query-gpu=clocks.sm,power.draw,temperature.gpu,clocks_event_reasons.active"
     form = "--format=csv,noheader,nounits"
     command = ["nvidia-smi", f"--id={card}", fields, form, f"--loop={EVERY}"]
     remove(log)
@@ -161,19 +161,17 @@ def observed(card: str, log: Path) -> Iterator[None]:
 
 
 def read_observed(log: Path) -> dict[str, float]:
-    """The median clock and power of a run, and the percent of it that heat or the power supply
-    slowed the GPU; missing readings, such as `[N/A]`, are left out."""
+    """The median clock, power and temperature of a run, and the percent of it that heat or the
+    power supply slowed the GPU; missing readings, such as `[N/A]`, are left out."""
     from statistics import median  # here, since every run imports this module
 
-    rows = re.findall(r"^(.*), (.*), (.*)$", tail(log, 1_000_000), re.MULTILINE)
-    clocks = [float(mhz) for mhz, _, _ in rows if DECIMAL.fullmatch(mhz)]
-    watts = [float(power) for _, power, _ in rows if DECIMAL.fullmatch(power)]
-    reasons = [int(mask, 16) for _, _, mask in rows if MASK.fullmatch(mask)]
+    rows = [line.split(", ") for line in tail(log, 1_000_000).splitlines()]
+    rows = [row for row in rows if len(row) == 4]
     facts = {}
-    if clocks:
-        facts["gpu_mhz"] = median(clocks)
-    if watts:
-        facts["gpu_watts"] = median(watts)
+    for column, name in enumerate(("gpu_mhz", "gpu_watts", "gpu_celsius")):
+        if known := [float(row[column]) for row in rows if DECIMAL.fullmatch(row[column])]:
+            facts[name] = median(known)
+    reasons = [int(row[3], 16) for row in rows if MASK.fullmatch(row[3])]
     if reasons:
         slowed = sum(bool(mask & SLOWED) for mask in reasons)
         facts["gpu_slowed_percent"] = 100 * slowed / len(reasons)

@@ -11,7 +11,7 @@ from typing import Any
 
 from autoresearch import task
 from autoresearch.files import UserError, one_line, remove, tail
-from autoresearch.ideas import FACTS, Run
+from autoresearch.ideas import Run
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Sandbox, lend
@@ -26,8 +26,9 @@ MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in the folder of an experiment
 PAUSED = 0.02  # of the budget: a run that stood still for less is believed
 # Numbers that the record has by another name
 RECORDED = {"total_tokens_M": "tokens_M", "num_steps": "steps", "num_params_M": "parameters_M"}
+GUARDED = ("val_bpb_upstream", "sealed_bpb")  # a guard's numbers that the record has as they are
 OURS = re.compile(
-    r"(run|referee)_seconds|duels_won|(gpu|sealed|guard)_?\w*|tokens_per_second|memory_gb"
+    r"(run|referee)_seconds|duels_won|void_runs|(gpu|sealed|guard)_?\w*|tokens_per_second|memory_gb"
 )
 
 
@@ -59,18 +60,10 @@ class Conditions:
 
 
 def run_spec(
-    conditions: Conditions,
-    checkout: Repo,
-    alive: Path,
-    commit: str,
-    card: str = "",
-    lines: int = 0,
-    incumbent: float | None = None,
-    best: float | None = None,
-    guard: bool = True,
+    conditions: Conditions, checkout: Repo, alive: Path, commit: str, card: str, beat: float
 ) -> dict[str, Any]:
-    """The job.json of a run: what it measures, where, what it has to beat, and whether the guard
-    looks at it if it does."""
+    """The job.json of a run: what it measures, where, and the score beyond which the guard looks at
+    it."""
     return {
         "kind": "run",
         "alive": alive,
@@ -78,10 +71,7 @@ def run_spec(
         "commit": commit,
         "conditions": asdict(conditions),
         "card": card,
-        "lines": lines,
-        "incumbent": incumbent,
-        "best": incumbent if best is None else best,
-        "guard": guard and bool(conditions.task.guard),
+        "beat": beat,
     }
 
 
@@ -106,16 +96,19 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     conditions = Conditions.read(spec["conditions"])
     job = RunJob(conditions, folder, Path(spec["git_dir"]), spec["commit"])
-    incumbent, lines, best = spec["incumbent"], spec["lines"], spec["best"]
+
+    def better(score: float) -> bool:
+        return job.task.gain(score, than=spec["beat"]) > 0
+
     try:
         job.write_tree()
         job.mend_arena()  # first, so that this run is not blamed for earlier damage
         with gpu.observed(spec["card"], folder / CLOCKS):
-            found = job.measure(to_beat=conditions.task.to_beat(incumbent))
+            found = job.measure(spec["beat"])
         if altered := job.altered():
             crash = f"changed files while it ran: {', '.join(altered)}"
             found = Run(crash=crash, repairable=True, facts=seconds_of(found))
-        elif spec["guard"] and job.task.is_better(found.score, lines, incumbent, best):
+        elif job.task.guard and found.score is not None and better(found.score):
             print(f"guarding {found.score}", flush=True)  # read by the driver, for the view
             found = job.guard(found)
     except UserError as error:
@@ -142,13 +135,14 @@ class RunJob:
         self.git_dir = git_dir
         self.commit = commit
         self.tree = folder / "tree"
+        self.index = b""
         self.stamps = conditions.stamps
         self.void = False  # it stood still, as in a frozen container: clocks and limits say nothing
 
     def write_tree(self) -> None:
         """The commit's files, and nothing else but the packages of Node, which looks no farther."""
         remove(self.tree)
-        checkout_tree(self.git_dir, self.commit, self.tree)
+        self.index = checkout_tree(self.git_dir, self.commit, self.tree)
         packages, link = self.conditions.root / "node_modules", self.tree / "node_modules"
         if packages.is_dir() and not os.path.lexists(link):
             link.symlink_to(packages)
@@ -180,12 +174,15 @@ class RunJob:
         finally:
             remove(tmp)
 
-    def measure(self, to_beat: float) -> Run:
+    def measure(self, beat: float) -> Run:
         """Run `measure`. What scores well enough may leave something to the guard."""
         c, log = self.conditions, self.folder / "run.log"
         remove(self.folder / MODEL)
         with closing(ClockMonitor(log, c.arena.budget, c.limit)) as monitor:
-            ticks, bar = str(monitor.theirs), repr(to_beat)
+            slack = (
+                -1e-6 if self.task.higher else 1e-6
+            )  # for the digits that a printed score leaves out
+            ticks, bar = str(monitor.theirs), repr(beat + slack)
             env = {"AUTORESEARCH_BAR": bar, "AUTORESEARCH_TICKS": ticks}
             ended = self.keep(self.task.measure, log, monitor, **env)
         found = read_run(self.task.metric, ended, monitor, log)
@@ -196,8 +193,8 @@ class RunJob:
         """What the program changed while it ran: files of its tree, and files of the arena, which
         are made again."""
         changed = ["its tree"]
-        if self.tree.is_dir():
-            changed = changed_files(self.git_dir, self.tree)
+        if self.tree.is_dir() and not self.tree.is_symlink():
+            changed = changed_files(self.git_dir, self.tree, self.index)
         if changed or stamps_of(self.conditions.arena.folder) != self.stamps:
             self.write_tree()
             changed += [f"{self.conditions.arena.name}/{name}" for name in self.mend_arena()]
@@ -246,8 +243,10 @@ class RunJob:
             numbers = task.read_numbers(end, self.task.metric, optional=True)
         except ValueError as error:
             return replace(refused, crash=f"the guard: {error}")
-        score = numbers.pop(self.task.metric, found.score)
-        told = {name if name in FACTS else f"guard_{name}": v for name, v in numbers.items()}
+        score = found.score
+        if not self.task.duels:  # whose other side no guard has looked at
+            score = numbers.pop(self.task.metric, score)
+        told = {name if name in GUARDED else f"guard_{name}": v for name, v in numbers.items()}
         facts = {**found.facts, **told, "referee_seconds": ended.seconds}
         return replace(found, score=score, facts=facts)
 

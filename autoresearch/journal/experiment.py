@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 from autoresearch.files import one_line
@@ -26,7 +27,8 @@ class Experiment:
     description: str
     reason: str
     scores: Mapping[int, float] = field(default_factory=dict)
-    incumbent: float | None = trailer("Incumbent", "score", default=None)  # its score at the time
+    # the incumbent's score at the time, its mean for the same seeds
+    incumbent: float | None = trailer("Incumbent", "score", default=None)
     crash: str = trailer("Crash", default="")  # why there is no score
     facts: Mapping[str, float] = field(default_factory=dict)
     curve: str = trailer("Curve", default="")  # loss and tokens per second along the way
@@ -61,13 +63,17 @@ class Experiment:
         """How much better than the incumbent of its time; None without a score or an incumbent."""
         if self.score is None or self.incumbent is None:
             return None
-        change = self.score - self.incumbent
+        change = fmean(self.scores.values()) - self.incumbent
         return change if self.higher else -change
 
     @property
     def headline(self) -> str:
-        """The idea, and where it crashed, why."""
-        return self.description + (f" [{one_line(self.crash, 120)}]" if self.crash else "")
+        """The idea; where it crashed, why; where it lost a duel, which."""
+        won = self.facts.get("duels_won")
+        lost = (
+            f" [lost duel {won + 1:.0f}]" if won is not None and self.verdict == "discard" else ""
+        )
+        return self.description + (f" [{one_line(self.crash, 120)}]" if self.crash else lost)
 
     @property
     def minutes(self) -> float:
@@ -77,15 +83,32 @@ class Experiment:
 
 
 def best_of(experiments: Sequence[Experiment]) -> Experiment | None:
-    """The one with the best score, the first of equals; of those that won duels, whose scores drift
-    with the machine, the last."""
+    """The one with the best score, the first of equals. Of kept ones that rest on more than a run,
+    the last: each was better than the one before, whatever the seeds and the hour were."""
     scored = [e for e in experiments if e.score is not None]
     if not scored:
         return None
-    if "duels_won" in scored[-1].facts:
+    if len(scored[-1].scores) > 1 or "duels_won" in scored[-1].facts:
         return scored[-1]
     best = max if scored[0].higher else min
     return best(scored, key=lambda e: e.score or 0.0)
+
+
+def chained(experiments: Sequence[Experiment]) -> list[float | None]:
+    """Scores as if all had run beside the baseline: its own, and from there the gains of what was
+    kept, added up. With one seed, and a machine that does not drift, they are the scores."""
+    values: list[float | None] = []
+    level = 0.0
+    for e in experiments:
+        value = None
+        if e.score is not None:
+            value = e.score if e.number == 0 else level
+            if e.gain is not None:
+                value += e.gain if e.higher else -e.gain
+        if e.verdict == "keep":
+            level = value or 0.0
+        values.append(value)
+    return values
 
 
 def show(score: float) -> str:
@@ -106,7 +129,8 @@ def difference(e: Experiment) -> str:
     """To the incumbent of its time, signed."""
     if e.score is None or e.incumbent is None:
         return ""
-    return f"{e.score - e.incumbent:+{'.6f' if e.goal == OLD else '.6g'}}"
+    change = fmean(e.scores.values()) - e.incumbent
+    return f"{change:+{'.6f' if e.goal == OLD else '.6g'}}"
 
 
 def signed(e: Experiment) -> str:

@@ -162,7 +162,7 @@ class Repo:
         self.git("update-ref", "--stdin", stdin="".join(f"{command}\n" for command in commands))
 
 
-@dataclass(frozen=True)
+@dataclass
 class AgentTree:
     """An agent's working tree: a repository of its own that shares the checkout's objects and
     nothing else, made anew for each call.
@@ -173,6 +173,7 @@ class AgentTree:
 
     checkout: Repo
     path: Path
+    index: bytes = b""  # as it was handed out: the agent can reach the file
 
     def hand_out(self, commit: str) -> None:
         """Put the files of a commit there, and nothing else."""
@@ -187,7 +188,7 @@ class AgentTree:
         shallow = self.checkout.common_dir / "shallow"  # the ends of a shallow clone's history
         if shallow.exists():
             shutil.copy(shallow, self.path / ".git/shallow")
-        checkout_tree(self.checkout.git_dir, commit, self.path)
+        self.index = checkout_tree(self.checkout.git_dir, commit, self.path)
         (self.path / ".git/HEAD").write_text(f"{commit}\n")
         shutil.copy(self.path.with_name("index"), self.path / ".git/index")
 
@@ -201,7 +202,7 @@ class AgentTree:
         if self.path.is_symlink() or not self.path.is_dir():
             return []
         new = ("--others", "--exclude-standard")
-        return changed_files(self.checkout.git_dir, self.path, *new)
+        return changed_files(self.checkout.git_dir, self.path, self.index, *new)
 
     def commit(self, text: str, parent: str, paths: Iterable[str]) -> str:
         """Make a commit on `parent`: the files handed out, and these as they are now."""
@@ -241,17 +242,22 @@ def tree_git(git_dir: Path, tree: Path, *args: str, stdin: bytes = b"") -> bytes
     return git_bytes(*where, *args, stdin=stdin, env={"GIT_INDEX_FILE": str(index)}, cwd=tree)
 
 
-def checkout_tree(git_dir: Path, commit: str, tree: Path) -> None:
-    """Write the files of a commit into a folder, filters applied, and their state into an index."""
+def checkout_tree(git_dir: Path, commit: str, tree: Path) -> bytes:
+    """Write the files of a commit into a folder, filters applied. Returns the index with their
+    state."""
     tree.mkdir(parents=True, exist_ok=True)
     for name in ("index", "index.lock"):  # a killed git leaves the second
-        tree.with_name(name).unlink(missing_ok=True)
+        remove(tree.with_name(name))
     tree_git(git_dir, tree, "read-tree", "--reset", "-u", commit)
+    return tree.with_name("index").read_bytes()
 
 
-def changed_files(git_dir: Path, tree: Path, *options: str) -> list[str]:
-    """Paths of a tree that differ from its index; the options are of `git ls-files`."""
+def changed_files(git_dir: Path, tree: Path, index: bytes, *options: str) -> list[str]:
+    """Paths of a tree that differ from its index, which lies beside it as it was, whatever a
+    program has made of that file. The options are of `git ls-files`."""
     make_accessible(tree)
+    remove(tree.with_name("index"))
+    tree.with_name("index").write_bytes(index)
     out = tree_git(git_dir, tree, "ls-files", "-z", "--modified", "--deleted", *options)
     return sorted({*names(out)})
 

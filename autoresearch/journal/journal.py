@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,8 +52,23 @@ class Record:
         return self.kept[-1][0] if self.kept else self.start
 
     @property
+    def incumbent_scores(self) -> Mapping[int, float]:
+        """By seed; the first is the one that every idea runs with."""
+        return self.kept[-1][1].scores if self.kept else {}
+
+    @property
     def incumbent_score(self) -> float | None:
         return self.kept[-1][1].score if self.kept else None
+
+    @property
+    def new_seed(self) -> int:
+        """One that nothing has run with."""
+        return 1 + max(seed for e in self.experiments for seed in (e.seed, *e.scores))
+
+    @property
+    def dry(self) -> int:
+        """Experiments since the last keep."""
+        return self.next_number - 1 - self.kept[-1][1].number if self.kept else 0
 
     @property
     def best(self) -> Experiment | None:

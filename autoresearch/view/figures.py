@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 
-from autoresearch.journal.experiment import Experiment, best_of
+from autoresearch.journal.experiment import Experiment, best_of, chained
 
 PAUSE = 60.0  # seconds between two experiments: with more, the driver waited for something
 
@@ -17,6 +17,7 @@ class Figures:
 
     baseline: float
     best: Experiment  # of those kept
+    change: float  # of the score, the gains of what was kept added up
     kept: int
     discarded: int
     crashed: int
@@ -25,10 +26,6 @@ class Figures:
     agent_dollars: float | None
     gpu_dollars: float | None
     at_least: bool
-
-    @property
-    def change(self) -> float:
-        return (self.best.score or 0.0) - self.baseline
 
     @property
     def gain(self) -> float:
@@ -70,6 +67,7 @@ def figures(history: Sequence[Experiment]) -> Figures | None:
     return Figures(
         baseline=kept[0].score or 0.0,
         best=best,
+        change=(chained(history)[history.index(best)] or 0.0) - (kept[0].score or 0.0),
         kept=verdicts.count("keep"),
         discarded=verdicts.count("discard"),
         crashed=verdicts.count("crash"),

@@ -8,18 +8,20 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from statistics import StatisticsError, correlation, median
+from statistics import NormalDist, StatisticsError, correlation, median
 from typing import Any
 
+from autoresearch import noise
 from autoresearch.agents.prompt import outcome, printable, tried
+from autoresearch.audit import in_words, read_audit
 from autoresearch.files import UserError, one_line, tail, write_whole
-from autoresearch.journal.experiment import Experiment, difference, show, write
+from autoresearch.journal.experiment import Experiment, chained, difference, show, write
 from autoresearch.journal.git import Repo
 from autoresearch.journal.journal import History
 from autoresearch.task import Task
@@ -42,10 +44,10 @@ class Point:
     sealed: float = math.nan
 
 
-def points_of(history: Iterable[Experiment]) -> list[Point]:
+def points_of(history: Sequence[Experiment]) -> list[Point]:
     points = []
-    for e in history:
-        score, sealed = e.scores.get(e.seed, math.nan), e.facts.get("sealed_bpb", math.nan)
+    for e, value in zip(history, chained(history), strict=True):
+        score, sealed = math.nan if value is None else value, e.facts.get("sealed_bpb", math.nan)
         points.append(Point(e.number, e.verdict, score, e.description, sealed))
     return points
 
@@ -182,10 +184,12 @@ def write_report(checkout: Repo, task: Task, history: History, folder: Path) -> 
     best = next(commit for commit, e in history if e is found.best)
     total = sum(found.seconds.values()) or 1.0
     entries = zip(history, diffs(checkout, history), strict=True)
+    again = read_audit(checkout, first.tag, found.best.number)
+    audited = in_words(task, again) if again else ""
     data = {
         "chart": base64.b64encode(picture.read_bytes()).decode(),
-        "boxes": boxes(found, experiments),
-        "belief": belief(found, experiments, task.tie),
+        "boxes": boxes(found, experiments, audited),
+        "belief": belief(found, experiments, task, audited),
         "metric": first.metric,
         "higher": first.higher,
         "gains": [p.number for p in largest(turned(points, first.higher))],
@@ -206,7 +210,7 @@ def write_report(checkout: Repo, task: Task, history: History, folder: Path) -> 
     return picture, page
 
 
-def boxes(f: Figures, experiments: Sequence[Experiment]) -> dict[str, str]:
+def boxes(f: Figures, experiments: Sequence[Experiment], audited: str) -> dict[str, str]:
     """The headline: values by their captions."""
     since = count(experiments[-1].number - f.best.number)
     verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
@@ -217,6 +221,7 @@ def boxes(f: Figures, experiments: Sequence[Experiment]) -> dict[str, str]:
         f"{f.change:+.4f} from the baseline's {short(f.baseline)}": share,
         f"experiments after the baseline: {verdicts}": f"{f.experiments}",
         f"of work, {f.hourly:.1f} experiments an hour": duration(sum(f.seconds.values())),
+        **({"gain, run again with new seeds": audited} if audited else {}),
         "spent, see below": money(f).partition(" (")[0] or "unknown",
     }
 
@@ -225,14 +230,21 @@ def short(score: float) -> str:
     return f"{score:.4f}" if abs(score) >= 0.1 else f"{score:.3g}"
 
 
-def belief(f: Figures, experiments: Sequence[Experiment], tie: float) -> list[str]:
-    """Whether to believe it: repeats, speed, sealed text, noise, conditions."""
+def belief(f: Figures, experiments: Sequence[Experiment], task: Task, audited: str) -> list[str]:
+    """Whether to believe it: repeats, noise, speed, sealed text, conditions."""
     first, best = experiments[0], f.best
+    within = noise.tie(task, experiments)
     said = ["Baseline and best ran once each: run both again before you trust a gain."]
+    if len(best.scores) > 1:
+        said = repeats(task, experiments)
     if won := best.facts.get("duels_won"):
         said = [
             f"Each that was kept beat the one before it side by side, {won:.0f} times in a row."
         ]
+    if audited:
+        said[:0] = [f"A gain of {f.gain:.4g} is claimed; run again, with new seeds: {audited}."]
+    if void := sum(e.facts.get("void_runs", 0.0) for e in experiments):
+        said.append(f"{void:.0f} runs were void and ran again: the machine was held back.")
     said += speed(experiments, best)
     before, after = first.facts.get("sealed_bpb"), best.facts.get("sealed_bpb")
     if before is not None and after is not None and f.gain > 0:
@@ -242,12 +254,34 @@ def belief(f: Figures, experiments: Sequence[Experiment], tie: float) -> list[st
             "much less than 100%, the search fitted the validation text: look at the last diffs. "
             "This says nothing about luck in one training."
         )
-    small = [e for e in experiments[1:] if e.verdict == "keep" and (e.gain or 0.0) < 5 * tie]
-    if small:
-        noise = f"{5 * tie:g}, five times the difference between two runs of one program"
-        said.append(f"{len(small)} of {f.kept} kept gained less than {noise}.")
+    small = [e for e in experiments[1:] if e.verdict == "keep" and (e.gain or 0.0) < 5 * within]
+    if small and len(best.scores) < 2:
+        often = f"{5 * within:g}, five times the difference between two runs of one program"
+        said.append(f"{len(small)} of {f.kept} kept gained less than {often}.")
     same = {"data": first.arena.data, "torch": first.machine.torch, "seed": str(first.seed)}
     return [*said, f"All share {', '.join(f'{name} {v}' for name, v in same.items() if v)}."]
+
+
+def repeats(task: Task, experiments: Sequence[Experiment]) -> list[str]:
+    """What each keep gained, run by run, and how likely it is a gain; the noise that this rests on;
+    the runs of the incumbent with new seeds."""
+    twice = [gains for gains in noise.gains_by_run(task, experiments) if len(gains) > 1]
+    spread = noise.deviation(task, experiments)
+    said = [
+        f"One gain has a standard deviation of {spread:.2g}, learnt from {count(len(twice))} that "
+        f"ran twice; the task's own guess, {task.noise:g}, counts for {noise.PRIOR}."
+    ]
+    scored = [e for e in experiments if e.scores]
+    for e, gains in zip(scored, noise.gains_by_run(task, experiments), strict=True):
+        if e.verdict == "keep" and gains and e.gain is not None:
+            runs = ", ".join(f"{gain:+.2g}" for gain in gains)
+            odds = NormalDist().cdf(e.gain * len(gains) ** 0.5 / spread) if spread else 1.0
+            said.append(f"{e.number} gained {runs}: by itself a gain with {odds:.0%} probability.")
+    for e in experiments[1:]:
+        if e.verdict == "keep" and e.gain is None:
+            new, old = [*e.scores.values()][:2]
+            said.append(f"{e.number}, the incumbent again: {show(new)}, where it had {show(old)}.")
+    return said
 
 
 def speed(experiments: Sequence[Experiment], best: Experiment) -> list[str]:

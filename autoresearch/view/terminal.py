@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoresearch.files import one_line, uninterrupted
-from autoresearch.journal.experiment import Experiment, difference, score, show, signed
+from autoresearch.journal.experiment import Experiment, chained, difference, score, show, signed
 from autoresearch.task import Progress
 from autoresearch.view import events
 from autoresearch.view.figures import Figures, count, duration, figures, money, shares
@@ -111,8 +111,10 @@ def render(status: Status, progress: Progress | None, now: float, note: str = ""
     parts: list[RenderableType] = [one_row((status.tag, "bold"), "  ", (facts, "dim"))]
     parts += headline(found) if found else ["no baseline yet"]
     if len(status.experiments) > 1:
-        best = (e.score if e.verdict == "keep" else e.incumbent for e in status.experiments)
-        curve = sparkline([value for value in best if value is not None])
+        best: list[float] = []
+        for value, e in zip(chained(status.experiments), status.experiments, strict=True):
+            best.append(value if e.verdict == "keep" and value is not None else best[-1])
+        curve = sparkline(best)
         parts.append(Text.assemble((curve, "green"), ("  best so far", "dim")))
     done, said = how_far(status, progress, now)
     parts += ["", one_row(status.phase.words)]
@@ -137,7 +139,7 @@ def headline(f: Figures) -> Iterator[Text]:
     idea, gain = "nothing better yet", ""
     if best.number:
         idea = f"experiment {best.number}: {best.description}"
-        gain = f"{f.change:+.6f} ({share:+.2%})  "
+        gain = f"{f.change:+.6f}{f' ({share:+.2%})' if share else ''}  "
     verdicts = f"{f.kept} kept, {f.discarded} discarded, {f.crashed} crashed"
     rate = f", {f.hourly:.1f} an hour" if f.experiments else ""
     beside = f"  baseline {show(f.baseline)}  "

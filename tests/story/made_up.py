@@ -1,13 +1,14 @@
 """A made-up agent and engine: whole nights in memory, in milliseconds. What is real is the loop and its rule."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from autoresearch.desk import Desk
 from autoresearch.ideas import (
     Busy,
     Change,
@@ -20,12 +21,12 @@ from autoresearch.ideas import (
     Trouble,
     Usage,
 )
-from autoresearch.journal.experiment import Experiment, Verdict
+from autoresearch.journal.experiment import Experiment
 from autoresearch.journal.journal import History, Record
 from autoresearch.study import Limits, Study
 from autoresearch.task import Arena, Machine, Task
 
-TASK = Task(("train.py",), "python train.py", "loss", noise=0.01)
+TASK = Task(("train.py",), "python train.py", "loss", seeds=2, noise=0.01)
 # What an agent's call may bring, and how often
 KINDS = {
     "idea": 60, "crash": 10, "fault": 5, "foreign": 3, "nothing": 6, "repeat": 6, "failed": 4,
@@ -50,8 +51,12 @@ class World:
     rows: list[int] = field(default_factory=list)
     tip: str = "start"
     truth: dict[str, float] = field(
-        default_factory=lambda: {"start": 1.0}
-    )  # by commit; nan crashes
+        default_factory=lambda: {"start": 1.0}  # by commit; nan crashes
+    )
+    gain: Callable[[random.Random], float] = lambda rng: rng.gauss(0, 0.02)  # of an idea, in truth
+    error: float = 0.005  # standard deviation of a score
+    slow: list[bool] = field(default_factory=list)  # whether the next runs find a slow machine
+    looked_at: set[str] = field(default_factory=set)  # commits whose last run the guard looked at
     requests: list[str] = field(default_factory=list)
     pauses: list[tuple[Trouble, int]] = field(default_factory=list)
     events: list[Any] = field(default_factory=list)
@@ -75,11 +80,18 @@ class World:
         conditions: Any = SimpleNamespace(seed=42, arena=Arena())
         agent: Any = SimpleNamespace(name="made-up")
         nothing: Any = None
+        checkout: Any = SimpleNamespace(commit_tree=self.again)
         study = Study(
-            task, nothing, journal, nothing, conditions, Machine(), 0, agent, 900.0, Limits(**limits),
+            task, checkout, journal, nothing, conditions, Machine(), 0, agent, 900.0, Limits(**limits),
             self.events.append,
         )  # fmt: skip
         return study, MadeUpDesk(self, study)
+
+    def again(self, text: str, tree: str, parent: str) -> str:
+        """An empty commit."""
+        commit = f"{text.strip()} {self.instant} {parent}"
+        self.truth[commit] = self.truth[parent]
+        return commit
 
 
 class MadeUpJournal(Record):
@@ -88,6 +100,10 @@ class MadeUpJournal(Record):
     def __init__(self, world: World):
         super().__init__("start")
         self.world = world
+        self.tag = "t"
+
+    def store(self, text: str) -> str:
+        return "blob"
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -99,6 +115,9 @@ class MadeUpJournal(Record):
         world.truth[final] = world.truth[commit]
         world.at()
         assert experiment.number not in world.refs
+        renewed = experiment.description.startswith("the incumbent again")
+        guarded = commit in world.looked_at or renewed
+        assert experiment.verdict != "keep" or guarded, "the guard looks at what is kept"
         world.refs[experiment.number] = parent, final, experiment
         world.tip = final if experiment.verdict == "keep" else world.tip
         world.at()
@@ -113,10 +132,12 @@ class MadeUpJournal(Record):
         self.world.rows = [number for number, _ in refs]
 
 
-class MadeUpDesk:
+class MadeUpDesk(Desk):
+    """Ideas, calls and runs are made up; seeds, duels and the record are the real desk's."""
+
     def __init__(self, world: World, study: Study):
+        super().__init__(study)
         self.world = world
-        self.study = study
 
     def new_idea(self) -> Idea:
         self.world.at()
@@ -149,7 +170,7 @@ class MadeUpDesk:
         if kind == "nothing":
             return Edit(reply, (), idea.edit.commit)
         commit, parent = f"commit {len(world.requests)}", world.truth[idea.base]
-        world.truth[commit] = float("nan") if kind == "crash" else parent + world.rng.gauss(0, 0.02)
+        world.truth[commit] = float("nan") if kind == "crash" else parent - world.gain(world.rng)
         edit = Edit(reply, ("train.py",), commit, (), Change("", commit, lines, 1))
         unrun = replace(edit, change=replace(edit.change, source=""))
         if kind == "repeat":
@@ -161,41 +182,24 @@ class MadeUpDesk:
             return replace(unrun, foreign=("prepare.py",))
         return replace(unrun, fault=("SyntaxError", "line")) if kind == "fault" else edit
 
-    def measure(self, idea: Idea) -> Run:
+    def run_job(self, idea: Idea, commit: str, seed: int, beat: float, which: str) -> Run:
         world, journal, edit = self.world, self.study.journal, idea.edit
         world.at()
         assert idea.base == journal.base, "an idea runs on the incumbent"
         assert not edit.foreign and not edit.fault, "what may not run does not run"
-        assert idea.number == 0 or edit.change.source not in journal.tried, "no program runs twice"
-        truth = world.truth[edit.commit]
+        assert not edit.paths or edit.change.source not in journal.tried, "no program runs twice"
+        truth = world.truth[commit]
         if truth != truth:
             return Run(crash="it crashed", repairable=True, facts={"run_seconds": 1.0})
-        return Run(truth + world.rng.gauss(0, 0.005), facts={"run_seconds": 1.0})
+        score, speed = truth + world.rng.gauss(0, world.error), 1000.0
+        if world.slow and world.slow.pop(0):  # which costs it what no idea gains
+            score, speed = score + 0.5, 899.0
+        world.looked_at.discard(commit)
+        if self.study.task.gain(score, beat) > 0:
+            world.looked_at.add(commit)
+        return Run(score, facts={"run_seconds": 1.0, "tokens_per_second": speed})
 
     def pause(self, trouble: Trouble, count: int) -> None:
         with suppress(OSError):  # waiting needs no disk
             self.world.at()
         self.world.pauses.append((trouble, count))
-
-    def write_up(self, idea: Idea, verdict: Verdict) -> Experiment:
-        edit, run, journal = idea.edit, idea.run, self.study.journal
-        return Experiment(
-            number=idea.number,
-            verdict=verdict,
-            description=edit.reply.description,
-            reason="",
-            scores={} if run.score is None else {42: run.score},
-            incumbent=journal.incumbent_score,
-            crash=run.crash,
-            change=edit.change,
-            repairs=idea.repairs,
-            agent="made-up",
-            usage=edit.reply.usage,
-            seed=42,
-            arena=Arena(),
-            machine=Machine(),
-            program="",
-            goal=self.study.task.goal,
-            tag="t",
-            finished=journal.now(),
-        )

@@ -1,12 +1,20 @@
 """The story: the real loop with a made-up agent and engine, and what must hold of every night."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import mean
+
 import pytest
 from made_up import TASK, Killed, World
 
 import loop
+from autoresearch import noise
 from autoresearch.files import UserError
 from autoresearch.ideas import Busy, Fruitless, NeedsPerson
+from autoresearch.journal.experiment import Experiment
 from autoresearch.task import Task
+from autoresearch.view.events import Note
+from benchmarks import keep_rule
 
 
 def night(world: World, task: Task = TASK, **limits: float) -> str:
@@ -20,24 +28,46 @@ def night(world: World, task: Task = TASK, **limits: float) -> str:
         check(world)
 
 
-def check(world: World) -> None:
+def check(world: World, task: Task = TASK) -> None:
     """What holds at every instant, also when the driver has just died."""
-    incumbent, best, tip, sources = None, None, "start", set()
+    tip, dry, sources, before = "start", 0, set(), list[Experiment]()
+    incumbent: Mapping[int, float] = {}
     assert sorted(world.refs) == list(range(len(world.refs))), "a number is the order of verdicts"
     assert world.rows == sorted(world.refs)[: len(world.rows)], "a row follows its ref"
     for number, (parent, commit, e) in sorted(world.refs.items()):
         assert parent == tip, "kept commits are one straight line, and each experiment is on it"
-        assert (e.verdict == "crash") == (e.score is None) == bool(e.crash)
+        assert (e.verdict == "crash") == (not e.scores) == bool(e.crash)
         assert e.repairs <= loop.REPAIRS
-        better = TASK.is_better(e.score, e.change.lines, incumbent, best)
-        assert (e.verdict == "keep") == better, number
-        if e.score is not None:
-            assert e.change.source not in sources, "no program runs twice"
-            sources.add(e.change.source)
-        if better:
-            tip, incumbent = commit, e.score
-            best = e.score if best is None or e.score is None else min(best, e.score)
+        if e.description.startswith("the incumbent again"):
+            assert dry and dry % loop.RENEW == 0 and e.gain is None
+            assert e.seed not in incumbent and [*e.scores.items()][1:] == [*incumbent.items()][:-1]
+        elif number:
+            assert [*e.scores] == [*incumbent][: len(e.scores)], "paired by seed"
+            check_rule(task, e, before, incumbent)
+            assert e.crash or e.change.source not in sources, "no program runs twice"
+            sources |= {e.change.source} if e.scores else set()
+        assert e.verdict != "keep" or len(e.scores) == task.seeds, "each keep has its scores"
+        if e.verdict == "keep":
+            tip, incumbent = commit, e.scores
+        dry = 0 if e.verdict == "keep" else dry + 1
+        before.append(e)
     assert world.tip == tip
+
+
+def check_rule(
+    task: Task, e: Experiment, before: list[Experiment], incumbent: Mapping[int, float]
+) -> None:
+    """The verdict of an experiment that ran, by the rule in other words."""
+    if not e.scores:
+        return
+    gain = mean(incumbent[seed] - score for seed, score in e.scores.items())
+    tie, shorter, all_ran = noise.tie(task, before), e.change.lines < 0, len(e.scores) == task.seeds
+    assert e.gain == pytest.approx(gain)
+    if e.verdict == "keep":
+        assert all_ran and (gain > tie or (shorter and gain > -1.001 * tie))
+    else:
+        assert gain <= 1.001 * tie if all_ran else gain <= 1e-9
+        assert not shorter or gain < -0.999 * tie or noise.drift(before) > 0 or not all_ran
 
 
 def verdicts(world: World) -> list[str]:
@@ -76,7 +106,7 @@ def test_killed_at_any_instant() -> None:
 
 def test_a_full_disk_at_any_instant() -> None:
     """Once something was achieved it is waited out, and what has a ref is finished."""
-    for instant in range(12, 26):  # after the first experiment
+    for instant in range(15, 28):  # after the first experiment
         world = World(seed=instant, plan=["idea", "idea"], full_at=instant)
         assert night(world, experiments=4) == "4 experiments done"
         assert world.instant > instant
@@ -158,3 +188,30 @@ def test_a_goal() -> None:
     scores = [e.score for _, _, e in world.refs.values() if e.verdict == "keep"]
     assert scores[-1] <= 0.95 < scores[-2]
     assert night(world, until=0.95) == "the goal of 0.95 is reached"  # at once
+
+
+def test_keeps_are_believable() -> None:
+    """Over nights of made-up ideas: most keeps are gains, and what is claimed is nearly true."""
+    one, two = (keep_rule.nights(replace(keep_rule.OURS, seeds=n), 12, 200) for n in (1, 2))
+    assert two.false < 0.4 and two.bias < 0.0008 and two.bias < one.bias / 2
+    assert two.second < 0.25 and two.rate > one.rate
+
+
+@pytest.mark.parametrize(
+    ("slow", "runs", "void"),
+    [
+        ([False, False, False, True, False], 5, 1),  # the second run of an idea, and once more
+        ([False, False, False, True, True], 5, 1),  # once, and not for ever
+        ([False, True, False, False, False], 5, 1),  # of the baseline, too
+        ([False, False, True], 3, 0),  # a first run has nothing to be compared with
+    ],
+)
+def test_a_slow_machine(slow: list[bool], runs: int, void: int) -> None:
+    world = World(plan=["idea"], slow=slow, gain=lambda rng: 0.1, error=0.0)
+    assert night(world, experiments=1) == "1 experiment done"
+    assert world.slow == []
+    made = sum(e.facts["run_seconds"] for _, _, e in world.refs.values())
+    assert made == runs
+    assert sum(e.facts.get("void_runs", 0.0) for _, _, e in world.refs.values()) == void
+    notes = [e.text for e in world.events if isinstance(e, Note)]
+    assert len(notes) == void

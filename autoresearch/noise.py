@@ -1,0 +1,87 @@
+"""How far a score is to be believed: what a gain must exceed, learnt from what ran twice."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from autoresearch.journal.experiment import Experiment
+from autoresearch.journal.journal import Record
+from autoresearch.task import Task
+
+TIE = 0.4  # of the standard deviation of one gain
+PRIOR = 4  # edits that ran twice, for which the task's own `noise` counts
+
+
+def gains_by_run(task: Task, experiments: Sequence[Experiment]) -> Iterator[list[float]]:
+    """Of each experiment that has scores, its gains over the incumbent of its time, run by run with
+    the same seeds."""
+    incumbent: Mapping[int, float] = {}
+    for e in experiments:
+        yield [
+            task.gain(score, incumbent[seed])
+            for seed, score in e.scores.items()
+            if seed in incumbent
+        ]
+        if e.verdict == "keep":
+            incumbent = e.scores
+
+
+def deviation(task: Task, experiments: Sequence[Experiment]) -> float:
+    """The standard deviation of one gain. Two gains of one edit differ by chance alone, so half the
+    square of their difference is its variance."""
+    twice = [gains for gains in gains_by_run(task, experiments) if len(gains) > 1]
+    squares = sum((first - second) ** 2 / 2 for first, second, *_ in twice)
+    return math.sqrt((PRIOR * task.noise**2 + squares) / (PRIOR + len(twice)))
+
+
+def tie(task: Task, experiments: Sequence[Experiment]) -> float:
+    """Gains that are no larger than this, either way, are none."""
+    return TIE * deviation(task, experiments)
+
+
+def drift(experiments: Sequence[Experiment]) -> float:
+    """How much ties have added up to: the incumbent's loss against the best ever kept."""
+    total = best = 0.0
+    for e in experiments:
+        if e.verdict == "keep":
+            total += e.gain or 0.0
+            best = max(best, total)
+    return best - total
+
+
+def least_gain(task: Task, experiments: Sequence[Experiment], runs: int, lines: int) -> float:
+    """What the mean gain of an idea must exceed after so many runs: with seeds to come, nothing;
+    after the last, a tie. With fewer lines a tie is enough, unless ties have added up to more than
+    one."""
+    within = tie(task, experiments)
+    least = within if runs >= task.seeds else 0.0
+    digits = 1e-9 * max((abs(s) for e in experiments[:1] for s in e.scores.values()), default=0.0)
+    return (
+        min(least + digits, drift(experiments) - within - digits) if lines < 0 else least + digits
+    )
+
+
+def gains(task: Task, record: Record, scores: Mapping[int, float]) -> list[float]:
+    """Gains over the incumbent, for the same seeds."""
+    incumbent = record.incumbent_scores
+    return [task.gain(score, incumbent[seed]) for seed, score in scores.items()]
+
+
+def to_beat(
+    task: Task, record: Record, before: Mapping[int, float], seed: int, lines: int
+) -> float:
+    """The score that the next run of an idea, with this seed, must exceed for the idea to go on."""
+    if not record.kept:
+        return task.worst
+    runs = len(before) + 1
+    least = runs * least_gain(task, record.experiments, runs, lines) - sum(
+        gains(task, record, before)
+    )
+    rival = record.incumbent_scores[seed]
+    return rival + least if task.higher else rival - least
+
+
+def is_better(task: Task, record: Record, scores: Mapping[int, float], lines: int) -> bool:
+    """Whether these scores are better than the incumbent's, as far as is known."""
+    least = least_gain(task, record.experiments, len(scores), lines)
+    return not record.kept or fmean(gains(task, record, scores)) > least

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -425,9 +425,9 @@ def check_comparable(journal: Journal, arena: Arena, machine: Machine, seed: int
         lost = f"{journal.tag} has lost its baseline, {REFS}/{journal.tag}/0000"
         raise UserError(f"{lost}: take another --tag")
     first, task = journal.history[0][1], json.loads(journal.task.text)
-    told = json.loads(journal.checkout.git("cat-file", "blob", first.task)) if first.task else {}
-    if told:  # an older record says nothing of keys that it did not know
-        told = {f.name: f.default for f in fields(Task) if f.default is not MISSING} | told
+    told = {"seeds": 1, "duels": 0}  # of an older record, which says nothing of them
+    if first.task:
+        told |= json.loads(journal.checkout.git("cat-file", "blob", first.task))
     for name, then, now in (
         *((key, value, task[key]) for key, value in told.items() if key in task),
         ("arena", first.arena.name, arena.name),

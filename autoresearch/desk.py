@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from statistics import fmean
@@ -173,7 +174,7 @@ class Desk:
     def run(self, idea: Idea, commit: str, seed: int, beat: float, which: str = "") -> Run:
         """Run a commit. A run on a machine that was not itself is void, and runs again, once."""
         run = self.run_job(idea, commit, seed, beat, which)
-        if why := self.held_back(idea, run):
+        if why := self.held_back(idea, commit, run):
             self.study.show(events.Note(f"{idea.number:04d} void, and run again: {why}"))
             void = run.facts["run_seconds"]
             run = self.run_job(idea, commit, seed, beat, which)
@@ -181,20 +182,20 @@ class Desk:
             run = replace(run, facts={**run.facts, "run_seconds": seconds, "void_runs": 1.0})
         return run
 
-    def held_back(self, idea: Idea, run: Run) -> str:
+    def held_back(self, idea: Idea, commit: str, run: Run) -> str:
         """Why a run says little of its program: the GPU was slowed, or it was slower than the same
         program had been."""
         slowed = run.facts.get("gpu_slowed_percent", 0.0)
         if slowed > MOST_SLOWED:
             return f"heat or power held the GPU back for {slowed:.0f}% of the time"
-        known = [r.facts for r in idea.runs.values()]
-        if not known and not idea.edit.paths:
-            known = [e.facts for _, e in self.study.journal.kept[-1:]]
-        speed, before = (
-            f.get("tokens_per_second", 0.0) for f in (run.facts, {**known[0]} if known else {})
-        )
-        if run.score is not None and speed < LEAST_SPEED * before:
-            return f"{speed:,.0f} tokens a second, where the same program had {before:,.0f}"
+        before: Mapping[str, float] = {}
+        if commit == idea.edit.commit:
+            kept = self.study.journal.kept if not idea.edit.paths else []
+            earlier = [*(e.facts for _, e in kept), *(r.facts for r in idea.runs.values())]
+            before = earlier[-1] if earlier else {}
+        speed, usual = (facts.get("tokens_per_second", 0.0) for facts in (run.facts, before))
+        if run.score is not None and speed < LEAST_SPEED * usual:
+            return f"{speed:,.0f} tokens a second, where the same program had {usual:,.0f}"
         return ""
 
     def run_job(self, idea: Idea, commit: str, seed: int, beat: float, which: str) -> Run:

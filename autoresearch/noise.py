@@ -56,9 +56,9 @@ def least_gain(task: Task, experiments: Sequence[Experiment], runs: int, lines: 
     within = tie(task, experiments)
     least = within if runs >= task.seeds else 0.0
     digits = 1e-9 * max((abs(s) for e in experiments[:1] for s in e.scores.values()), default=0.0)
-    return (
-        min(least + digits, drift(experiments) - within - digits) if lines < 0 else least + digits
-    )
+    if lines < 0:
+        least = min(least, drift(experiments) - within - 2 * digits)
+    return least + digits
 
 
 def gains(task: Task, record: Record, scores: Mapping[int, float]) -> list[float]:
@@ -74,9 +74,8 @@ def to_beat(
     if not record.kept:
         return task.worst
     runs = len(before) + 1
-    least = runs * least_gain(task, record.experiments, runs, lines) - sum(
-        gains(task, record, before)
-    )
+    least = runs * least_gain(task, record.experiments, runs, lines)
+    least -= sum(gains(task, record, before))
     rival = record.incumbent_scores[seed]
     return rival + least if task.higher else rival - least
 

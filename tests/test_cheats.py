@@ -20,8 +20,7 @@ class Cheat:
     reason: str
     edits: tuple[tuple[str, str], ...]
 
-    def source(self) -> str:
-        text = STONE
+    def source(self, text: str = STONE) -> str:
         for old, new in self.edits:
             assert text.count(old) == 1, old
             text = text.replace(old, new)
@@ -241,6 +240,7 @@ def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
     for number, cheat in enumerate([NOT_EXPORTABLE, *CHEATS, READS_VALIDATION], start=1):
         (folder / f"{number:04d}-0.py").write_text(cheat.source())
         (folder / f"{number:04d}.txt").write_text(cheat.name)
+    (folder / "0001-0.py").write_text(NOT_EXPORTABLE.source(TRAIN))  # it learns, and would be kept
     (folder / "0001-1.py").write_text(TRAIN)  # the repair
     project = make_real_project(folder, cache, budget=1.0)
     assert STONE != TRAIN

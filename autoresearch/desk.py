@@ -146,12 +146,13 @@ class Desk:
         mine, theirs, seconds = idea.edit.commit, idea.base, 0.0
         scores: dict[str, list[float]] = {mine: [], theirs: []}
         task, won = self.study.task, 0
-        tie = noise.TIE * task.noise if task.higher else -noise.TIE * task.noise
+        tie = noise.TIE * task.noise
+        margin = tie if task.higher else -tie
         for number in range(task.duels):
             last = number == task.duels - 1
             # each goes first in turn; in the last duel the guard needs the other's score
             for commit in (theirs, mine) if last or number % 2 else (mine, theirs):
-                beat = scores[theirs][-1] + tie if last and commit == mine else -task.worst
+                beat = scores[theirs][-1] + margin if last and commit == mine else -task.worst
                 which = f"duel {number + 1} of {task.duels}, "
                 for _ in range(1 if commit == mine else RUNS):
                     run = self.run(idea, commit, seed, beat, which)
@@ -165,7 +166,7 @@ class Desk:
                 if run.score is None:
                     return replace(run, facts={**run.facts, "run_seconds": seconds})
                 scores[commit].append(run.score)
-            if task.gain(scores[mine][-1], scores[theirs][-1]) <= noise.TIE * task.noise:
+            if task.gain(scores[mine][-1], scores[theirs][-1]) <= tie:
                 break
             won += 1
         facts = {**found.facts, "run_seconds": seconds, "duels_won": float(won)}

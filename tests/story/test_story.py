@@ -201,7 +201,7 @@ def test_keeps_are_believable() -> None:
     ("slow", "runs", "void"),
     [
         ([False, False, False, True, False], 5, 1),  # the second run of an idea, and once more
-        ([False, False, False, True, True], 5, 1),  # once, and not for ever
+        ([False, False, False, True, True], 5, 1),  # once, and not again and again
         ([False, True, False, False, False], 5, 1),  # of the baseline, too
         ([False, False, True], 3, 0),  # a first run has nothing to be compared with
     ],

@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from autoresearch.files import UserError, cache
 from gpt import text
@@ -63,6 +65,7 @@ class Arena:
     budget: float           # seconds of training
     val_tokens: int         # scored validation tokens; as many again are sealed
     held_out: float = 0.0   # share of the text that is drawn for validation, and as much for the sealed set
+    counted: bool = False   # whether the budget is counted work (see Work), and not seconds of wall clock
     seed: int = 42          # order of the training text and the model's start; the driver's, never the agent's
 
     @property
@@ -96,7 +99,8 @@ ARENAS = {
         Arena("climbmix", sequence_len=2048, vocab_size=8192, budget=300.0, val_tokens=CLIMBMIX_VAL),
         Arena("tinystories", sequence_len=512, vocab_size=4096, budget=300.0, val_tokens=2**20),
         Arena("python", sequence_len=2048, vocab_size=8192, budget=300.0, val_tokens=2**22, held_out=1 / 8),
-        Arena("demo", sequence_len=256, vocab_size=1024, budget=15.0, val_tokens=2**16, held_out=1 / 16),
+        Arena("demo", sequence_len=256, vocab_size=1024, budget=15.0, val_tokens=2**16, held_out=1 / 16,
+              counted=True),
     )
 }
 DEFAULT_ARENA = "climbmix"
@@ -546,6 +550,34 @@ if "AUTORESEARCH_TICKS" in os.environ:      # the driver is watching
     guard(ARENA)
 
 
+class Work(TorchDispatchMode):
+    """Counts what torch does, in seconds that a small CPU would take: 100 GFLOP/s in matrix products, 15 GB/s for what
+    operators read and write, and 10 us for each.
+
+    A CPU is shared, and a budget of 15 seconds of its time is 40 steps or 90, as its other work has it. Counted, the
+    same program and seed takes the same steps on any machine. What torch does not see, as NumPy, is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is not None:
+            self.seconds += flops(*args, **(kwargs or {}), out_val=out) / 100e9
+        if not func.is_view:
+            self.seconds += 10e-6 + size_of((*args, *(kwargs or {}).values(), out)) / 15e9
+        return out
+
+
+def size_of(values: Iterable[object]) -> int:
+    """Bytes of all tensors among some values, and in lists of them."""
+    return sum(v.nbytes if isinstance(v, torch.Tensor) else size_of(v) if isinstance(v, list | tuple) else 0
+               for v in values)
+
+
 class Clock:
     """The budget of this process. It starts when the first training text is read, by whichever door.
 
@@ -555,7 +587,9 @@ class Clock:
 
     def __init__(self) -> None:
         self.started: float | None = None
+        self.stopped: float | None = None
         self.seconds: float | None = None   # of training, once the budget is spent
+        self.work = Work() if ARENA.counted else None
         self.loader: TrainLoader | None = None
         self.ticks = int(os.environ.get("AUTORESEARCH_TICKS", "-1"))
 
@@ -565,17 +599,23 @@ class Clock:
                 torch.cuda.synchronize()
             self.report(b"(")
             self.started = time.perf_counter()
+            if self.work:
+                self.work.__enter__()
 
     def elapsed(self) -> float:
         if self.seconds is not None:
             return self.seconds
-        return 0.0 if self.started is None else time.perf_counter() - self.started
+        if self.started is None:
+            return 0.0
+        return self.work.seconds if self.work else time.perf_counter() - self.started
 
     def stop(self) -> None:
         if self.seconds is None:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            self.seconds = self.elapsed()
+            self.seconds, self.stopped = self.elapsed(), time.perf_counter()
+            if self.work:
+                self.work.__exit__(None, None, None)
             self.report(b")")
 
     def report(self, tick: bytes) -> None:
@@ -810,7 +850,7 @@ def finish(model: torch.nn.Module, loader: TrainLoader, *, depth: int, flops_per
         fail(f"finish was called {ARENA.budget - CLOCK.elapsed():.1f} s before the budget was spent")
     CLOCK.stop()
     model.eval()
-    if (late := time.perf_counter() - CLOCK.started - CLOCK.seconds) > 2 + ARENA.budget / 100:
+    if (late := time.perf_counter() - CLOCK.stopped) > 2 + ARENA.budget / 100:
         fail(f"finish was called {late:.1f} s after the budget was spent")
     before, rows, start = checksums(model), load_rows("val"), time.perf_counter()
     val_bpb, val_bpb_upstream = evaluate(model, rows, loader.device)
@@ -975,7 +1015,8 @@ def main() -> None:
     tokens = ", ".join(f"{manifest['tokens'][split] / 1e6:.1f}M {split}" for split in SPLITS)
     print(f"{arena.name}: tokens {tokens} ({time.perf_counter() - start:.0f} s)")
     # the driver reads this last line
-    facts = {"name": arena.name, "budget": arena.budget, "data": manifest["data"], "folder": str(arena.folder)}
+    facts = {"name": arena.name, "budget": arena.budget, "data": manifest["data"], "folder": str(arena.folder),
+             "counted": arena.counted}
     print("ready:", json.dumps(facts))
 
 

@@ -92,7 +92,8 @@ class Setup:
 
     def conditions(self, start: str, arena: Arena) -> Conditions:
         """What runs have in common, as the arena is now."""
-        usual = max(PACE.shortest_limit, 2 * arena.budget) if arena.budget else self.task.timeout
+        timed = arena.budget and not arena.counted
+        usual = max(PACE.shortest_limit, 2 * arena.budget) if timed else self.task.timeout
         limit = self.options.train_timeout or usual
         if limit <= arena.budget:
             short = f"--train-timeout {limit:g} ends a run before its budget"

@@ -103,7 +103,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     about = "start no experiment after this call spent so many, on the agent and on a priced GPU"
     limit("--dollars", "D", about, math.inf)
     limit("--gpu-dollars-per-hour", "X", "the GPU's price, from the start of this call", 0.0)
-    about = "limit of a run (default: twice its budget, at least 120; without one, the task's)"
+    about = "limit of a run (default: twice its budget, at least 120; without a clock, the task's)"
     limit("--train-timeout", "S", about)
     about = "at the end, run baseline and best again so often, with new seeds"
     add("--audit", metavar="N", type=natural_number, default=0, help=about)

@@ -180,12 +180,14 @@ def make_task(table: dict[str, Any], where: str) -> Task:
 @dataclass(frozen=True)
 class Arena:
     """What `setup` made ready, by its line `ready: {json}`: data by name and version, the budget of
-    a run in seconds, the folder of files that no run may change."""
+    a run in seconds, the folder of files that no run may change; whether the seconds are `counted`
+    work, which no clock can check."""
 
     name: str = trailer("Arena", default="")
     budget: float = trailer("Budget-seconds", ".0f", default=0.0)
     data: str = trailer("Data", default="")
     folder: Path | None = None
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,10 @@ def set_up(task: Task, tree: Path, env: dict[str, str], quietly: bool = False) -
     try:
         found = json.loads(facts)
         folder = found.get("folder") and Path(found["folder"])
-        return Arena(found["name"], found.get("budget", 0.0), found.get("data", ""), folder)
+        known = {name: found[name] for name in ("budget", "data", "counted") if name in found}
+        return Arena(found["name"], folder=folder, **known)
     except (ValueError, KeyError, TypeError, AttributeError):
-        why = 'name, and may have "budget", "data" and "folder"'
+        why = 'name, and may have "budget", "data", "folder" and "counted"'
         raise UserError(f'the line `ready: {{...}}` of setup needs a "name": {why}') from None
 
 

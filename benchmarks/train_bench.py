@@ -142,12 +142,14 @@ def run(program: Path, budget: float | None, tokens: int | None) -> None:
 
         def stop(self) -> None:
             if self.seconds is None and self.started is not None:
-                self.seconds = time.perf_counter() - self.started
+                self.stopped = time.perf_counter()
+                self.seconds = self.stopped - self.started
                 prepare.ARENA = replace(prepare.ARENA, budget=self.seconds)
 
     if budget:
         prepare.ARENA = replace(prepare.ARENA, budget=budget)
     if tokens:
+        prepare.ARENA = replace(prepare.ARENA, counted=False)
         prepare.CLOCK = TokenClock()
     runpy.run_path(str(program), run_name="__main__")
 

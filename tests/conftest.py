@@ -269,14 +269,17 @@ needs_namespaces = pytest.mark.skipif(
 )
 
 
-def make_real_project(folder: Path, cache: Path, budget: float) -> Project:
-    """The whole project as it is, but for a budget shorter than the demo's fifteen seconds."""
+def make_real_project(folder: Path, cache: Path, budget: float, counted: bool = True) -> Project:
+    """The whole project as it is, but for a budget shorter than the demo's fifteen seconds, of counted work or not."""
     root = folder / "project"
     root.mkdir()
     copy_project(root)
     text = (root / "prepare.py").read_text()
-    assert "budget=15.0" in text
-    (root / "prepare.py").write_text(text.replace("budget=15.0", f"budget={budget}"))
+    assert "budget=15.0" in text and "counted=True" in text
+    text = text.replace("budget=15.0", f"budget={budget}").replace(
+        "counted=True", f"counted={counted}"
+    )
+    (root / "prepare.py").write_text(text)
     return commit_all(
         Project(root.resolve(), clean_environment(folder) | {"AUTORESEARCH_CACHE": str(cache)})
     )

@@ -242,7 +242,7 @@ def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
         (folder / f"{number:04d}.txt").write_text(cheat.name)
     (folder / "0001-0.py").write_text(NOT_EXPORTABLE.source(TRAIN))  # it learns, and would be kept
     (folder / "0001-1.py").write_text(TRAIN)  # the repair
-    project = make_real_project(folder, cache, budget=1.0)
+    project = make_real_project(folder, cache, budget=1.0, counted=False)
     assert STONE != TRAIN
     project.write("train.py", STONE)
     project.git(

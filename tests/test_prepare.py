@@ -290,9 +290,28 @@ def test_loader_is_the_clock(quick: prepare.Arena, monkeypatch: pytest.MonkeyPat
 def test_the_clock_starts_when_text_is_read(quick: prepare.Arena) -> None:
     """By any door: the loader's first batch, or what is behind it."""
     loader = TrainLoader(4, "cpu")
-    assert loader.elapsed() == 0.0
+    assert prepare.CLOCK.started is None
     next(loader.packer.documents)
-    assert loader.elapsed() > 0.0
+    assert prepare.CLOCK.started is not None
+
+
+def test_counted_work_is_the_same_on_a_busy_machine(cache: Path) -> None:
+    """Beside two others that take every core, the same program takes the same steps to the same score."""
+    code = (
+        "import dataclasses, prepare, runpy; "
+        "prepare.ARENA = dataclasses.replace(prepare.ARENA, budget=1.0); "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    logs = [start().communicate()[0]]
+    logs += [process.communicate()[0] for process in [start(), start()]]
+    found = [read_numbers(log, "val_bpb") for log in logs]
+    assert {n["num_steps"] for n in found} == {found[0]["num_steps"]}
+    assert max(abs(n["val_bpb"] - found[0]["val_bpb"]) for n in found) < 0.005
 
 
 def test_finish_long_after_the_budget(
@@ -301,7 +320,7 @@ def test_finish_long_after_the_budget(
     """Training that goes on with batches of its own after the loader has stopped."""
     loader = TrainLoader(4, "cpu")
     list(loader)
-    prepare.CLOCK.started -= 10
+    prepare.CLOCK.stopped -= 10
     with pytest.raises(SystemExit):
         finish(Bigram(), loader, depth=1, flops_per_token=1.0)
     assert "s after the budget was spent" in capsys.readouterr().err

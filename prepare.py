@@ -563,12 +563,12 @@ class Work(TorchDispatchMode):
         self.seconds = 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        flops = flop_registry.get(func._overloadpacket)
-        if flops is not None:
-            self.seconds += flops(*args, **(kwargs or {}), out_val=out) / 100e9
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if flops := flop_registry.get(func._overloadpacket):
+            self.seconds += flops(*args, **kwargs, out_val=out) / 100e9
         if not func.is_view:
-            self.seconds += 10e-6 + size_of((*args, *(kwargs or {}).values(), out)) / 15e9
+            self.seconds += 10e-6 + size_of((*args, *kwargs.values(), out)) / 15e9
         return out
 
 

@@ -296,7 +296,7 @@ def test_the_clock_starts_when_text_is_read(quick: prepare.Arena) -> None:
 
 
 def test_counted_work_is_the_same_on_a_busy_machine(cache: Path) -> None:
-    """Beside two others that take every core, the same program takes the same steps to the same score."""
+    """Two beside each other on every core take the steps, and get to the score, of one alone."""
     code = (
         "import dataclasses, prepare, runpy; "
         "prepare.ARENA = dataclasses.replace(prepare.ARENA, budget=1.0); "

@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from autoresearch.files import UserError, cache
 from gpt import text
@@ -565,11 +564,27 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if flops := flop_registry.get(func._overloadpacket):
-            self.seconds += flops(*args, **kwargs, out_val=out) / 100e9
+        self.seconds += flops_of(func.overloadpacket.__name__, args, out) / 100e9
         if not func.is_view:
             self.seconds += 10e-6 + size_of((*args, *kwargs.values(), out)) / 15e9
         return out
+
+
+def flops_of(name: str, args: tuple, out: object) -> int:
+    """Of an operator of aten, as torch.utils.flop_counter has them. That would load Triton, which takes a third of a
+    second, and fills the log after an error: the last line of it is the reason that a run failed."""
+    if name in ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm"):
+        return 2 * out.numel() * args[name in ("addmm", "baddbmm")].shape[-1]
+    if name == "convolution":
+        return 2 * (args[0] if args[6] else out).numel() * args[1][0].numel()       # 6: whether it is transposed
+    if name == "convolution_backward":
+        return 4 * (args[1] if args[7] else args[0]).numel() * args[2][0].numel()
+    if name.startswith("_scaled_dot_product"):
+        back = "backward" in name       # by five products, of which three are as wide as q
+        q, k, v = args[1:4] if back else args[:3]
+        width = 3 * q.shape[-1] + 2 * v.shape[-1] if back else q.shape[-1] + v.shape[-1]
+        return 2 * q.numel() // q.shape[-1] * k.shape[-2] * width
+    return 0
 
 
 def size_of(values: Iterable[object]) -> int:

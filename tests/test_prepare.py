@@ -314,6 +314,42 @@ def test_counted_work_is_the_same_on_a_busy_machine(cache: Path) -> None:
     assert max(abs(n["val_bpb"] - found[0]["val_bpb"]) for n in found) < 0.005
 
 
+COUNT = """
+import sys, torch, prepare
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+print("triton" in sys.modules)
+from torch.utils.flop_counter import flop_registry
+
+class Both(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        theirs = flop_registry.get(func._overloadpacket)
+        print(func, prepare.flops_of(func.overloadpacket.__name__, args, out), theirs(*args, **(kwargs or {}), out_val=out) if theirs else 0)
+        return out
+
+new = lambda *shape: torch.randn(*shape, requires_grad=True)
+with Both():
+    (new(3, 4) @ new(4, 5)).sum().backward()
+    torch.baddbmm(new(2, 3, 5), new(2, 3, 4), new(2, 4, 5)).sum().backward()
+    torch.addmm(new(3, 5), new(3, 4), new(4, 5)).sum().backward()
+    F.scaled_dot_product_attention(new(1, 2, 8, 4), new(1, 2, 6, 4), new(1, 2, 6, 4)).sum().backward()
+    F.conv1d(new(2, 6, 10), new(8, 6, 3), padding=1).sum().backward()
+    F.conv_transpose1d(new(2, 6, 10), new(6, 5, 3)).sum().backward()
+"""
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded, *lines = done.stdout.splitlines()
+    assert loaded == "False"  # Triton is not loaded for it
+    counted = [line.split()[-2:] for line in lines]
+    assert sum(ours != "0" for ours, _ in counted) == 15
+    assert all(ours == theirs for ours, theirs in counted)
+
+
 def test_finish_long_after_the_budget(
     quick: prepare.Arena, capsys: pytest.CaptureFixture[str]
 ) -> None:

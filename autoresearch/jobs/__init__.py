@@ -61,10 +61,9 @@ class Job:
                 self.process = start_keeper()
             with suppress(BrokenPipeError), self.process.stdin as pipe:  # type: ignore[union-attr]
                 pipe.write(order.encode())  # one that has just been killed makes a lost job
+            Job.idle = start_keeper()
             if signal.sigpending() & {*STOPS}:  # or it would run on until the driver has ended
                 self.stop()
-            else:
-                Job.idle = start_keeper()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for its end, at most so many seconds; whether it has ended."""

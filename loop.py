@@ -167,7 +167,8 @@ def run(task: Task, desk: Desk, idea: Idea) -> None:
 def judge(study: Study, idea: Idea) -> Verdict | Literal["again"]:
     """The rule, paired by seed: what gains with the first seed runs with the next one too, and what
     gains more than a tie on average is kept. Fewer lines make a tie enough. Where scores drift with
-    the machine, what wins all its duels is kept. One lucky run keeps nothing."""
+    the machine, what wins all its duels is kept. One lucky run keeps nothing, and neither does what
+    loses on the sealed rows."""
     task, journal, last = study.task, study.journal, idea.run
     if last.crash:
         return "crash"
@@ -176,6 +177,9 @@ def judge(study: Study, idea: Idea) -> Verdict | Literal["again"]:
         if last.rival is None:
             better = noise.is_better(task, journal, idea.scores, idea.edit.change.lines)
         if not better:
+            return "discard"
+        if noise.is_worse_on_sealed(task, journal, idea.sealed):
+            idea.note = "better on validation, and worse on the sealed rows"
             return "discard"
     return "keep" if len(idea.runs) >= task.seeds else "again"
 

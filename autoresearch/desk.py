@@ -74,7 +74,7 @@ class Desk:
         idea.runs[seed] = self.run(idea, commit, seed, self.study.task.worst)
         if idea.run.score is not None:
             kept = [*last.scores.items()][: self.study.task.seeds - 1]
-            idea.runs |= {seed: Run(score) for seed, score in kept}
+            idea.runs |= {seed: Run(score, sealed=last.sealed.get(seed)) for seed, score in kept}
         return idea
 
     # --- an agent's call
@@ -170,7 +170,9 @@ class Desk:
                 break
             won += 1
         facts = {**found.facts, "run_seconds": seconds, "duels_won": float(won)}
-        return replace(found, score=fmean(scores[mine]), rival=fmean(scores[theirs]), facts=facts)
+        mean, rival = fmean(scores[mine]), fmean(scores[theirs])
+        # no guard has looked at the incumbent in these minutes
+        return replace(found, score=mean, rival=rival, sealed=None, facts=facts)
 
     def run(self, idea: Idea, commit: str, seed: int, beat: float, which: str = "") -> Run:
         """Run a commit. A run on a machine that was not itself is void, and runs again, once."""
@@ -281,8 +283,10 @@ class Desk:
             description=edit.reply.subject(edit.change.words),
             reason=edit.reply.reason,
             scores=scores,
+            sealed={} if verdict == "crash" else idea.sealed,
             incumbent=rival,
             crash=run.crash,
+            note=idea.note,
             facts=facts,
             curve=first.curve,
             change=edit.change,

@@ -134,16 +134,22 @@ class Run:
 
     `repairable`: its agent may mend it. `log` is the end of what it printed, `curve` the loss along
     the way, `facts` are all other numbers, by the names that they have in the record. `rival`: the
-    incumbent's score, where it ran beside this one.
+    incumbent's score, where it ran beside this one. `sealed`: the score on what is held out.
     """
 
     score: float | None = None
     rival: float | None = None
+    sealed: float | None = None
     crash: str = ""
     repairable: bool = False
     log: str = ""
     curve: str = ""
     facts: Mapping[str, float] = field(default_factory=dict)
+
+
+def sealed_of(facts: Mapping[str, float]) -> float | None:
+    """The score on what is held out, which only a guard can print."""
+    return facts.get("sealed_bpb", facts.get("guard_sealed"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,8 +159,8 @@ class Run:
 @dataclass
 class Idea:
     """An edit on its way to a verdict, in memory alone: the incumbent that it starts from, the text
-    of the program.md in force, the edit as it is now (its reply is the first one), and its runs by
-    seed, of which only the last may have crashed."""
+    of the program.md in force, the edit as it is now (its reply is the first one), its runs by
+    seed, of which only the last may have crashed, and what a person should know of the verdict."""
 
     number: int
     folder: Path
@@ -163,6 +169,7 @@ class Idea:
     edit: Edit
     repairs: int = 0
     runs: dict[int, Run] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def run(self) -> Run:
@@ -172,3 +179,7 @@ class Idea:
     @property
     def scores(self) -> dict[int, float]:
         return {seed: run.score for seed, run in self.runs.items() if run.score is not None}
+
+    @property
+    def sealed(self) -> dict[int, float]:
+        return {seed: run.sealed for seed, run in self.runs.items() if run.sealed is not None}

@@ -10,18 +10,21 @@ from autoresearch.task import Task
 
 TIE = 0.4  # of the standard deviation of one gain
 PRIOR = 4  # edits that ran twice, for which the task's own `noise` counts
+Scores = Mapping[int, float]  # by seed
+
+
+def gains(task: Task, scores: Scores, incumbent: Scores) -> list[float]:
+    """Gains over the incumbent, for the same seeds."""
+    both = [seed for seed in scores if seed in incumbent]
+    return [task.gain(scores[seed], incumbent[seed]) for seed in both]
 
 
 def gains_by_run(task: Task, experiments: Sequence[Experiment]) -> Iterator[list[float]]:
     """Of each experiment that has scores, its gains over the incumbent of its time, run by run with
     the same seeds."""
-    incumbent: Mapping[int, float] = {}
+    incumbent: Scores = {}
     for e in experiments:
-        yield [
-            task.gain(score, incumbent[seed])
-            for seed, score in e.scores.items()
-            if seed in incumbent
-        ]
+        yield gains(task, e.scores, incumbent)
         if e.verdict == "keep":
             incumbent = e.scores
 
@@ -55,32 +58,39 @@ def least_gain(task: Task, experiments: Sequence[Experiment], runs: int, lines: 
     one."""
     within = tie(task, experiments)
     least = within if runs >= task.seeds else 0.0
-    digits = 1e-9 * max((abs(s) for e in experiments[:1] for s in e.scores.values()), default=0.0)
+    last = digits(experiments)
     if lines < 0:
-        least = min(least, drift(experiments) - within - 2 * digits)
-    return least + digits
+        least = min(least, drift(experiments) - within - 2 * last)
+    return least + last
 
 
-def gains(task: Task, record: Record, scores: Mapping[int, float]) -> list[float]:
-    """Gains over the incumbent, for the same seeds."""
-    incumbent = record.incumbent_scores
-    return [task.gain(score, incumbent[seed]) for seed, score in scores.items()]
+def digits(experiments: Sequence[Experiment]) -> float:
+    """What binary fractions may add to a gain."""
+    return 1e-9 * max((abs(s) for e in experiments[:1] for s in e.scores.values()), default=0.0)
 
 
-def to_beat(
-    task: Task, record: Record, before: Mapping[int, float], seed: int, lines: int
-) -> float:
+def to_beat(task: Task, record: Record, before: Scores, seed: int, lines: int) -> float:
     """The score that the next run of an idea, with this seed, must exceed for the idea to go on."""
     if not record.kept:
         return task.worst
     runs = len(before) + 1
     least = runs * least_gain(task, record.experiments, runs, lines)
-    least -= sum(gains(task, record, before))
+    least -= sum(gains(task, before, record.incumbent_scores))
     rival = record.incumbent_scores[seed]
     return rival + least if task.higher else rival - least
 
 
-def is_better(task: Task, record: Record, scores: Mapping[int, float], lines: int) -> bool:
+def is_better(task: Task, record: Record, scores: Scores, lines: int) -> bool:
     """Whether these scores are better than the incumbent's, as far as is known."""
     least = least_gain(task, record.experiments, len(scores), lines)
-    return not record.kept or fmean(gains(task, record, scores)) > least
+    return not record.kept or fmean(gains(task, scores, record.incumbent_scores)) > least
+
+
+def is_worse_on_sealed(task: Task, record: Record, sealed: Scores) -> bool:
+    """Whether these sealed scores are worse than the incumbent's by more than chance, as far as
+    both are known: their mean gain is a loss of more than its standard deviation."""
+    found = gains(task, sealed, record.kept[-1][1].sealed) if record.kept else []
+    if not found:
+        return False
+    within = deviation(task, record.experiments) / math.sqrt(len(found))
+    return fmean(found) < -within - digits(record.experiments)

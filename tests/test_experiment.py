@@ -140,6 +140,7 @@ READ = {
         description="crashes once",
         reason="It is worth a try: crashes once.",
         scores={42: 0.93},
+        sealed={42: 1.03},
         incumbent=0.9501,
         facts={
             "val_bpb_upstream": 0.93, "sealed_bpb": 1.03, "memory_gb": 0.5, "training_seconds": 1.0,
@@ -183,6 +184,7 @@ READ = {
         reason="More steps in the same time, since the batch of 2**19 tokens is far above what the gradient's noise "
         "needs: so it should learn more.",
         scores={42: 0.981234},
+        sealed={42: 0.985432},
         incumbent=0.983456,
         crash="an odd one",
         facts={
@@ -233,7 +235,7 @@ def test_what_follows_from_it() -> None:
 def test_a_fact_that_is_new() -> None:
     """A number that no version knew before has a trailer of its own."""
     facts = {"loss_at_half": 3.25, "steps": 953.0, "layers_8x": 1e-7, "depth": -12.0}
-    e = replace(parse_message(KEEP), facts=facts)
+    e = replace(parse_message(KEEP), facts=facts, sealed={})
     text = message(e)
     assert {
         "Fact-loss_at_half: 3.25",
@@ -253,6 +255,24 @@ def test_a_second_seed() -> None:
     assert found.scores == {42: 0.93, 43: 0.931234, 7: 0.929} and found.score == 0.93
     without = replace(e, scores={43: 0.9})  # whose own seed has none, as where it crashed
     assert parse_message(message(without)).scores == {43: 0.9} and without.score is None
+
+
+def test_sealed_scores() -> None:
+    """That of the first seed is a fact, by either name; each other has a trailer of its own."""
+    e = replace(parse_message(KEEP), scores={42: 0.93, 43: 0.94}, sealed={42: 1.03, 43: 1.04})
+    assert {"Sealed-bpb: 1.030000", "Sealed-43: 1.040000"} < set(trailers(message(e)))
+    assert parse_message(message(e)) == e
+    digits = 0.123456789012
+    foreign = replace(
+        e, goal="higher ndcg", facts={"guard_sealed": digits}, sealed={42: digits, 43: digits}
+    )
+    assert "Fact-guard_sealed: 0.123456789012" in message(foreign)
+    assert parse_message(message(foreign)) == foreign
+
+
+def test_a_note() -> None:
+    e = replace(parse_message(KEEP), note="slow to start")
+    assert parse_message(message(e)) == e and e.headline == "crashes once [slow to start]"
 
 
 def test_an_empty_value_has_no_trailer() -> None:
@@ -292,6 +312,7 @@ def test_an_empty_value_has_no_trailer() -> None:
         KEEP.replace("Val-bpb: 0.93", "Val-bpb: low"),
         KEEP.replace("Steps: 10", "Steps: many"),
         KEEP.replace("Seed: 42\n", "Seed: 42\nScore-x: 0.9\n"),
+        KEEP.replace("Seed: 42\n", "Seed: 42\nSealed-x: 0.9\n"),
         KEEP.partition("Experiment")[0],
     ],
 )

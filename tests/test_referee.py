@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Project
+from conftest import ROOT, Project, experiment
 
 import prepare
 from prepare import ARENA
@@ -44,6 +44,22 @@ def test_its_number_counts(
         assert "Crash: the guard: claims val_bpb 0.900000, and its model scores 0.900600" in message
     else:
         assert f"\nSealed-bpb: {scored + 0.1:.6f}\n" in message and "\nReferee-seconds: " in message
+    project.check()
+
+
+def test_what_loses_on_sealed_rows_is_not_kept(project: Project) -> None:
+    """With both seeds by the real driver, and no agent is told the number."""
+    project.patch("prepare.py", "{score + 0.1:.6f}", "{2.3456 - score:.6f}")
+    project.patch("pyproject.toml", "seeds = 1 ", "seeds = 2 ")
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "two seeds")
+    project.research(claiming(0.9, 0.9), experiments=1)
+    baseline, better = experiment(project, 0), experiment(project, 1)
+    assert baseline.sealed == {42: 1.3456, 43: 1.3456} and better.sealed == {42: 1.4456}
+    reason = "[better on validation, and worse on the sealed rows]"
+    assert better.verdict == "discard" and better.headline == f"an idea {reason}"
+    assert project.rows()[1]["description"] == f"an idea {reason}"
+    told = project.loop("prompt", "--tag=t")
+    assert reason in told and "3456" not in told and "4456" not in told
     project.check()
 
 

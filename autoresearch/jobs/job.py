@@ -11,7 +11,7 @@ from typing import Any
 
 from autoresearch import task
 from autoresearch.files import UserError, one_line, remove, tail
-from autoresearch.ideas import Run
+from autoresearch.ideas import Run, sealed_of
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Sandbox, lend
@@ -248,7 +248,7 @@ class RunJob:
             score = numbers.pop(self.task.metric, score)
         told = {name if name in GUARDED else f"guard_{name}": v for name, v in numbers.items()}
         facts = {**found.facts, **told, "referee_seconds": ended.seconds}
-        return replace(found, score=score, facts=facts)
+        return replace(found, score=score, sealed=sealed_of(facts), facts=facts)
 
 
 def read_run(metric: str, ended: Exit, monitor: "ClockMonitor", log: Path) -> Run:

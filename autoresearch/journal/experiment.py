@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, Literal, TypeVar
 
 from autoresearch.files import one_line
-from autoresearch.ideas import FACTS, Change, Usage
+from autoresearch.ideas import FACTS, Change, Usage, sealed_of
 from autoresearch.task import Arena, Machine, trailer
 
 Verdict = Literal["keep", "discard", "crash"]
@@ -20,16 +20,19 @@ SCORE = ("Score", "Val-bpb")  # the trailer, and the one of that
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A finished idea. `scores` are by seed; that of `seed` decided, and a crash has none."""
+    """A finished idea. `scores` are by seed; that of `seed` decided, and a crash has none.
+    `sealed`: those on what is held out, as far as the guard printed them."""
 
     number: int = trailer("Experiment", "d")
     verdict: Verdict = trailer("Status")
     description: str
     reason: str
     scores: Mapping[int, float] = field(default_factory=dict)
+    sealed: Mapping[int, float] = field(default_factory=dict)
     # the incumbent's score at the time, its mean for the same seeds
     incumbent: float | None = trailer("Incumbent", "score", default=None)
     crash: str = trailer("Crash", default="")  # why there is no score
+    note: str = trailer("Note", default="")  # what the score does not say
     facts: Mapping[str, float] = field(default_factory=dict)
     curve: str = trailer("Curve", default="")  # loss and tokens per second along the way
     change: Change
@@ -68,12 +71,11 @@ class Experiment:
 
     @property
     def headline(self) -> str:
-        """The idea; where it crashed, why; where it lost a duel, which."""
-        won = self.facts.get("duels_won")
-        lost = (
-            f" [lost duel {won + 1:.0f}]" if won is not None and self.verdict == "discard" else ""
-        )
-        return self.description + (f" [{one_line(self.crash, 120)}]" if self.crash else lost)
+        """The idea; where it crashed, why; where it lost a duel, which; what else is of note."""
+        said, won = one_line(self.crash, 120), self.facts.get("duels_won")
+        if won is not None and self.verdict == "discard":
+            said = said or f"lost duel {won + 1:.0f}"
+        return " ".join([self.description, *(f"[{words}]" for words in (said, self.note) if words)])
 
     @property
     def minutes(self) -> float:
@@ -158,11 +160,14 @@ def write(record: Any) -> Iterator[tuple[str, str]]:
             for seed, score in value.items():
                 name = SCORE[record.goal == OLD] if seed == record.seed else f"Score-{seed}"
                 yield name, exact(record.goal, score)
+        elif f.name == "sealed":  # that of the first seed is a fact
+            further = [seed for seed in value if seed != record.seed]
+            yield from ((f"Sealed-{seed}", exact(record.goal, value[seed])) for seed in further)
         elif f.name == "facts":
             known = {name: fact for name, fact in OWN.items() if fact in value}
             others = [name for name in value if name not in FACTS]
             yield from ((name, f"{value[fact]:{FACTS[fact]}}") for name, fact in known.items())
-            yield from ((f"Fact-{name}", f"{value[name]:g}") for name in others)
+            yield from ((f"Fact-{name}", f"{value[name]:.12g}") for name in others)
         elif is_dataclass(value):
             yield from write(value)
         elif "trailer" in f.metadata and value not in (None, ""):
@@ -183,8 +188,11 @@ def parse_message(text: str) -> Experiment:
             scores = {int(found["Seed"]): float(found[name]), **scores}
         facts = {fact: float(found[name]) for name, fact in OWN.items() if name in found}
         facts |= {name: float(v) for name, v in with_prefix(found, "Fact-")}
-        values = {"description": body[0], "reason": reason, "scores": scores, "facts": facts}
-        return read(Experiment, found, **values)
+        first, further = sealed_of(facts), with_prefix(found, "Sealed-")
+        sealed = {} if first is None else {int(found["Seed"]): first}
+        sealed |= {int(seed): float(v) for seed, v in further if seed != "bpb"}
+        values = {"scores": scores, "sealed": sealed, "facts": facts}
+        return read(Experiment, found, description=body[0], reason=reason, **values)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not the commit of an experiment: {text[:60]!r}") from error
 

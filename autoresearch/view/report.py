@@ -249,10 +249,11 @@ def belief(f: Figures, experiments: Sequence[Experiment], task: Task, audited: s
     before, after = first.facts.get("sealed_bpb"), best.facts.get("sealed_bpb")
     if before is not None and after is not None and f.gain > 0:
         said.append(
-            f"On sealed text, which decided nothing, the score went from {before:.4f} to "
-            f"{after:.4f}: {after - before:+.4f}, {(before - after) / f.gain:.0%} of the gain. At "
-            "much less than 100%, the search fitted the validation text: look at the last diffs. "
-            "This says nothing about luck in one training."
+            f"On sealed text, where nothing that was kept lost more than chance, the score went "
+            f"from {before:.4f} to {after:.4f}: {after - before:+.4f}, "
+            f"{(before - after) / f.gain:.0%} of the gain. At much less than 100%, the search "
+            "fitted the validation text: look at the last diffs. This says nothing about luck in "
+            "one training."
         )
     small = [e for e in experiments[1:] if e.verdict == "keep" and (e.gain or 0.0) < 5 * within]
     if small and len(best.scores) < 2:

@@ -195,9 +195,11 @@ class MadeUpDesk(Desk):
         if world.slow and world.slow.pop(0):  # which costs it what no idea gains
             score, speed = score + 0.5, 899.0
         world.looked_at.discard(commit)
+        facts = {"run_seconds": 1.0, "tokens_per_second": speed}
         if self.study.task.gain(score, beat) > 0:
             world.looked_at.add(commit)
-        return Run(score, facts={"run_seconds": 1.0, "tokens_per_second": speed})
+            return Run(score, sealed=score + 1, facts=facts)
+        return Run(score, facts=facts)
 
     def pause(self, trouble: Trouble, count: int) -> None:
         with suppress(OSError):  # waiting needs no disk

@@ -52,6 +52,14 @@ def test_all_are_won() -> None:
     ]  # fmt: skip
 
 
+def test_a_sealed_score_says_nothing_in_a_duel() -> None:
+    """It drifts as the other one does, and no guard has looked at the incumbent in the same minutes."""
+    ring = Ring([1], [2], 1)
+    run_job = ring.run_job
+    ring.run_job = lambda *args: replace(run_job(*args), sealed=9.0)  # type: ignore[method-assign]
+    assert ring.duel(ring.idea, 42).sealed is None
+
+
 def test_the_first_that_is_lost_ends_it() -> None:
     run, order = fight([1, 5], [2, 4], 5)
     assert (run.score, run.rival, run.facts["duels_won"]) == (3.0, 3.0, 1.0)

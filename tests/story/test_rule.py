@@ -36,13 +36,21 @@ def journal_of(*experiments: Experiment) -> MadeUpJournal:
     return journal
 
 
-def verdict(task: Task, journal: MadeUpJournal, scores: list[float], lines: int = 0) -> str:
-    seeds = [*journal.incumbent_scores] or [42, 43]
+def idea_of(runs: dict[int, Run], lines: int = 0) -> Idea:
     change = Change("", "", max(lines, 0), max(-lines, 0))
-    idea = Idea(1, None, "c0", "", Edit(Reply("", "", Usage(0.0)), ("a",), "c", (), change))  # type: ignore[arg-type]
-    idea.runs = {seed: Run(score) for seed, score in zip(seeds, scores, strict=False)}
+    edit = Edit(Reply("", "", Usage(0.0)), ("a",), "c", (), change)
+    return Idea(1, None, "c0", "", edit, runs=runs)  # type: ignore[arg-type]
+
+
+def judged(task: Task, journal: MadeUpJournal, idea: Idea) -> str:
     study: Any = SimpleNamespace(task=task, journal=journal)
     return loop.judge(study, idea)
+
+
+def verdict(task: Task, journal: MadeUpJournal, scores: list[float], lines: int = 0) -> str:
+    seeds = [*journal.incumbent_scores] or [42, 43]
+    runs = {seed: Run(score) for seed, score in zip(seeds, scores, strict=False)}
+    return judged(task, journal, idea_of(runs, lines))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,45 @@ def test_ties_do_not_add_up() -> None:
 def test_two_seeds(scores: list[float], lines: int, found: str) -> None:
     journal = journal_of(experiment(0, "keep", [1.0, 2.0], []))
     assert verdict(TWO, journal, scores, lines) == found
+
+
+@pytest.mark.parametrize(
+    ("sealed", "incumbent", "found"),
+    [
+        ([3.0, 4.0], {42: 3.0, 43: 4.0}, "keep"),  # no loss
+        ([3.0005, 4.0001], {42: 3.0, 43: 4.0}, "keep"),  # on average less than the noise of two
+        ([3.0009, 3.9999], {42: 3.0, 43: 4.0}, "discard"),  # more than that
+        ([3.0009, 3.9999], {42: 3.0}, "discard"),  # paired by seed, where both have one
+        ([3.0004, 9.0], {42: 3.0}, "keep"),
+        ([None, 4.0006], {42: 3.0, 43: 4.0}, "discard"),
+        ([9.0, 9.0], {}, "keep"),  # nothing to be compared with, as in an old record
+        ([None, None], {42: 3.0, 43: 4.0}, "keep"),
+        ([3.0009], {42: 3.0, 43: 4.0}, "discard"),  # without another run
+        ([3.0004], {42: 3.0, 43: 4.0}, "again"),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sealed(sign: int, sealed: list[Any], incumbent: dict[int, float], found: str) -> None:
+    """What gains on validation must not lose on the sealed rows by more than the noise, whatever direction is better."""
+    task = replace(TWO, higher=sign < 0)
+    first = experiment(0, "keep", [1.0 * sign, 2.0 * sign], [])
+    journal = journal_of(
+        replace(first, sealed={seed: sign * value for seed, value in incumbent.items()})
+    )
+    runs = {
+        seed: Run(score * sign, sealed=value and value * sign)
+        for seed, score, value in zip((42, 43), (0.99, 1.99), sealed, strict=False)
+    }
+    idea = idea_of(runs)
+    assert judged(task, journal, idea) == found
+    said = "better on validation, and worse on the sealed rows"
+    assert idea.note == (said if found == "discard" else "")
+
+
+def test_what_is_no_better_is_not_called_better() -> None:
+    first = replace(experiment(0, "keep", [1.0, 2.0], []), sealed={42: 3.0})
+    idea = idea_of({42: Run(1.1, sealed=4.0)})
+    assert judged(TWO, journal_of(first), idea) == "discard" and idea.note == ""
 
 
 def test_the_baseline_runs_with_all_seeds() -> None:

@@ -47,6 +47,7 @@ def check(world: World, task: Task = TASK) -> None:
             assert e.crash or e.change.source not in sources, "no program runs twice"
             sources |= {e.change.source} if e.scores else set()
         assert e.verdict != "keep" or len(e.scores) == task.seeds, "each keep has its scores"
+        assert e.verdict != "keep" or [*e.sealed] == [*e.scores], "and a sealed one for each"
         if e.verdict == "keep":
             tip, incumbent = commit, e.scores
         dry = 0 if e.verdict == "keep" else dry + 1

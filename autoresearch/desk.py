@@ -12,7 +12,7 @@ from typing import Any
 from autoresearch import noise
 from autoresearch.agents.call import AgentCall, ask, spent_on
 from autoresearch.files import UserError, check_room, tail
-from autoresearch.ideas import Busy, Change, Edit, Idea, Reply, Run, Trouble, Usage
+from autoresearch.ideas import SCORED, Busy, Change, Edit, Idea, Reply, Run, Trouble, Usage
 from autoresearch.jobs import LOG, Job, gpu
 from autoresearch.jobs.job import run_spec
 from autoresearch.journal.changes import describe_edit, source_of, syntax_error
@@ -175,7 +175,8 @@ class Desk:
         return replace(found, score=mean, rival=rival, sealed=None, facts=facts)
 
     def run(self, idea: Idea, commit: str, seed: int, beat: float, which: str = "") -> Run:
-        """Run a commit. A run on a machine that was not itself is void, and runs again, once."""
+        """Run a commit. A run on a machine that was not itself is void, and runs again, once. What
+        the guard looked at and did not score is no match for a score of the guard's."""
         run = self.run_job(idea, commit, seed, beat, which)
         if why := self.held_back(idea, commit, run):
             self.study.show(events.Note(f"{idea.number:04d} void, and run again: {why}"))
@@ -183,6 +184,12 @@ class Desk:
             run = self.run_job(idea, commit, seed, beat, which)
             seconds = void + run.facts["run_seconds"]
             run = replace(run, facts={**run.facts, "run_seconds": seconds, "void_runs": 1.0})
+        kept = self.study.journal.kept[-1:]
+        looked_at, missing = "referee_seconds" in run.facts, SCORED not in run.facts
+        if looked_at and missing and any(SCORED in e.facts for _, e in kept):
+            crash = f"the guard: {self.study.task.metric} was not printed"
+            facts = {"run_seconds": run.facts["run_seconds"]}
+            return Run(crash=crash, repairable=True, facts=facts)
         return run
 
     def held_back(self, idea: Idea, commit: str, run: Run) -> str:

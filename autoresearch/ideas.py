@@ -126,6 +126,7 @@ FACTS = {
     "mfu_percent": ".2f", "parameters_M": ".3f", "gpu_mhz": ".0f", "gpu_watts": ".0f",
     "gpu_celsius": ".0f", "gpu_slowed_percent": ".0f", "gpu_usd_per_hour": ".4f",
 }  # fmt: skip
+SCORED = "guarded"  # the fact that the score is the guard's
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,23 @@ def test_what_loses_on_sealed_rows_is_not_kept(project: Project) -> None:
     project.check()
 
 
+def test_a_guard_that_gives_no_score_where_it_did(project: Project) -> None:
+    """The measured score is not held against one of the guard's; without one, it counts."""
+    project.patch(
+        "prepare.py", 'print(f"val_bpb: {', 'print(f"val_bpb: {score}" * (score > 0.95) + f"\\nx: {'
+    )
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "a guard")
+    project.research(claiming(0.9, 0.9))
+    assert experiment(project, 0).facts["guarded"] == 1
+    assert project.rows()[1]["description"] == "an idea [the guard: val_bpb was not printed]"
+    assert experiment(project, 1).verdict == "crash"
+    assert "guarded" not in project.loop("prompt", "--tag=t")
+    project.patch("prepare.py", "score > 0.95", "score > 2")
+    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "another")
+    project.research(claiming(0.9, 0.9), tag="u")
+    assert experiment(project, 1, "u").verdict == "keep"
+
+
 def test_a_model_that_it_cannot_score(project: Project) -> None:
     project.research(claiming(0.9, "no model"))
     assert re.search(r"\[the guard: ValueError: .*no model", project.rows()[1]["description"])

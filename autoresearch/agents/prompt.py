@@ -142,7 +142,7 @@ def figures(e: Experiment) -> str:
         return ""
     if "tokens_per_second" not in e.facts:
         told = [f"{name} {v:g}" for name, v in e.facts.items() if name not in FACTS]
-        told = [fact for fact in told if not fact.startswith(("guard_", "duels_won", "void_runs"))]
+        told = [fact for fact in told if not fact.startswith(("guard", "duels_won", "void_runs"))]
         return f"; {', '.join(told[:FIGURES])}" if told else ""
     names = ("steps", "tokens_per_second", "parameters_M", "memory_gb")
     steps, speed, size, memory = (e.facts.get(name, 0.0) for name in names)

@@ -11,7 +11,7 @@ from typing import Any
 
 from autoresearch import task
 from autoresearch.files import UserError, one_line, remove, tail
-from autoresearch.ideas import Run, sealed_of
+from autoresearch.ideas import SCORED, Run, sealed_of
 from autoresearch.jobs import gpu
 from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Sandbox, lend
@@ -243,11 +243,11 @@ class RunJob:
             numbers = task.read_numbers(end, self.task.metric, optional=True)
         except ValueError as error:
             return replace(refused, crash=f"the guard: {error}")
-        score = found.score
-        if not self.task.duels:  # whose other side no guard has looked at
-            score = numbers.pop(self.task.metric, score)
+        score, scores = found.score, {}
+        if not self.task.duels and self.task.metric in numbers:  # no guard scores their other side
+            score, scores = numbers.pop(self.task.metric), {SCORED: 1.0}
         told = {name if name in GUARDED else f"guard_{name}": v for name, v in numbers.items()}
-        facts = {**found.facts, **told, "referee_seconds": ended.seconds}
+        facts = {**found.facts, **told, **scores, "referee_seconds": ended.seconds}
         return replace(found, score=score, sealed=sealed_of(facts), facts=facts)
 
 

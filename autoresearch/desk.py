@@ -25,8 +25,17 @@ from autoresearch.view import events
 
 MOST_SLOWED = 10  # percent of a run
 LEAST_SPEED = 0.9  # of that of the same program
+LONG_START = 10.0  # seconds more than the incumbent's, and twice as many
 RUNS = 3  # of a commit, where no fault of the program ends one
 GUARDING = re.compile(r"^guarding (-?[\d.]+(?:e[-+]?\d+)?)$", re.MULTILINE)  # in the log of a job
+
+
+def slow_start(facts: Mapping[str, float], before: Mapping[str, float]) -> str:
+    """What to say of a run that took far longer to start than the incumbent; else nothing."""
+    took, usual = (known.get("startup_seconds", 0.0) for known in (facts, before))
+    if usual and took > 2 * usual and took >= usual + LONG_START:
+        return f"start-up of {took:.0f} s, before {usual:.0f} s"
+    return ""
 
 
 def read_program(checkout: Repo, commit: str) -> str:
@@ -276,6 +285,8 @@ class Desk:
         for name in ("run_seconds", "referee_seconds", "void_runs"):
             if known := [r.facts[name] for r in idea.runs.values() if name in r.facts]:
                 facts[name] = sum(known)
+        before = journal.kept[-1][1].facts if journal.kept else {}
+        notes = [note for note in (idea.note, slow_start(facts, before)) if note]
         if study.limits.gpu_rate:
             facts["gpu_usd_per_hour"] = study.limits.gpu_rate
         scores, incumbent = {} if verdict == "crash" else idea.scores, journal.incumbent_scores
@@ -293,7 +304,7 @@ class Desk:
             sealed={} if verdict == "crash" else idea.sealed,
             incumbent=rival,
             crash=run.crash,
-            note=idea.note,
+            note="; ".join(notes),
             facts=facts,
             curve=first.curve,
             change=edit.change,

@@ -56,6 +56,7 @@ class World:
     gain: Callable[[random.Random], float] = lambda rng: rng.gauss(0, 0.02)  # of an idea, in truth
     error: float = 0.005  # standard deviation of a score
     slow: list[bool] = field(default_factory=list)  # whether the next runs find a slow machine
+    startups: list[float] = field(default_factory=list)  # seconds, of the next runs
     looked_at: set[str] = field(default_factory=set)  # commits whose last run the guard looked at
     requests: list[str] = field(default_factory=list)
     pauses: list[tuple[Trouble, int]] = field(default_factory=list)
@@ -196,6 +197,8 @@ class MadeUpDesk(Desk):
             score, speed = score + 0.5, 899.0
         world.looked_at.discard(commit)
         facts = {"run_seconds": 1.0, "tokens_per_second": speed}
+        if world.startups:
+            facts["startup_seconds"] = world.startups.pop(0)
         if self.study.task.gain(score, beat) > 0:
             world.looked_at.add(commit)
             return Run(score, sealed=score + 1, facts=facts)

@@ -199,6 +199,29 @@ def test_keeps_are_believable() -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "took", "said"),
+    [
+        (40.0, 90.0, "idea [start-up of 90 s, before 40 s]"),
+        (40.0, 80.0, "idea"),  # not more than twice as long
+        (4.0, 13.9, "idea"),  # three times, and no 10 s more
+        (4.0, 14.0, "idea [start-up of 14 s, before 4 s]"),
+    ],
+)
+@pytest.mark.parametrize("gain", [0.1, -0.1])
+def test_a_long_start_is_named(gain: float, before: float, took: float, said: str) -> None:
+    """No budget limits it, and it costs the night: of a keep or not, the record says so."""
+    world = World(plan=["idea"], gain=lambda rng: gain, startups=[before, before, took])
+    night(world, experiments=1)
+    assert world.refs[1][2].headline == said
+
+
+def test_a_first_start_is_held_against_nothing() -> None:
+    world = World(plan=["idea"], startups=[90.0])
+    night(world, experiments=1)
+    assert [e.note for _, _, e in world.refs.values()] == ["", ""]
+
+
+@pytest.mark.parametrize(
     ("slow", "runs", "void"),
     [
         ([False, False, False, True, False], 5, 1),  # the second run of an idea, and once more

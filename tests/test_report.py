@@ -19,6 +19,7 @@ from test_display import timed
 from test_prompt import night
 
 from autoresearch.files import UserError, write_whole
+from autoresearch.journal import journal
 from autoresearch.journal.experiment import Experiment
 from autoresearch.journal.git import Repo
 from autoresearch.view import report
@@ -231,6 +232,15 @@ def test_our_own_table(reported: Project) -> None:
     verdicts = ["keep", "keep", "discard", "crash", "crash"]
     assert [(p.number, p.verdict) for p in points] == list(enumerate(verdicts))
     assert points[1].score == experiment(reported, 1).score
+
+
+@pytest.mark.parametrize("idea", ["=1+1", "+1 layer", "-1 layer", "@SUM(1)"])
+@pytest.mark.parametrize("before", ["", " ", "\t", "\r"])
+def test_no_spreadsheet_computes_an_idea(tmp_path: Path, before: str, idea: str) -> None:
+    table, e = tmp_path / "results.tsv", replace(night(1)[0], description=before + idea)
+    table.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + journal.row("c", e))
+    assert table.read_text().splitlines()[1].split("\t")[4] == f"'{idea}"
+    assert [p.description for p in report.read_table(table)] == [idea]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ FOLDER = ".autoresearch"  # of a driven repository; a `runs` there might be take
 LOCK = "lock"  # in a run's folder
 REFS = "refs/autoresearch"
 PROGRAMS = "refs/autoresearch-program"  # every program.md and every task that was ever in force
+FORMULA = ("=", "+", "-", "@")  # what a cell begins with that a spreadsheet computes
 History = list[tuple[str, Experiment]]  # (commit, experiment), oldest first
 
 
@@ -205,7 +206,7 @@ def row(commit: str, e: Experiment) -> str:
         f"{e.facts.get('memory_gb', 0):.1f}",
         e.verdict,
         # a quote would make a reader of the table swallow the lines up to the next one
-        " ".join(e.headline.replace('"', "'").split()),
+        as_text(" ".join(e.headline.replace('"', "'").split())),
         e.tag,
         str(e.number),
         f"{e.minutes:.1f}",
@@ -213,6 +214,19 @@ def row(commit: str, e: Experiment) -> str:
         str(e.change.lines),
     )
     return "\t".join(cells) + "\n"
+
+
+def as_text(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula.
+
+    >>> as_text("-1 layer"), as_text("a layer less")
+    ("'-1 layer", 'a layer less')
+    """
+    return f"'{cell}" if cell.startswith(FORMULA) else cell
+
+
+def from_text(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and cell.startswith(FORMULA, 1) else cell
 
 
 def append(table: Path, header: str, line: str) -> None:

@@ -23,7 +23,7 @@ from autoresearch.audit import in_words, read_audit
 from autoresearch.files import UserError, one_line, tail, write_whole
 from autoresearch.journal.experiment import Experiment, chained, difference, show, write
 from autoresearch.journal.git import Repo
-from autoresearch.journal.journal import History
+from autoresearch.journal.journal import History, from_text
 from autoresearch.task import Task
 from autoresearch.view.figures import Figures, count, duration, figures, money
 
@@ -59,7 +59,7 @@ def read_table(path: Path) -> list[Point]:
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
                 score = math.nan if row["status"] == "crash" else float([*row.values()][1])
-                idea = one_line(row["description"] or "")
+                idea = one_line(from_text(row["description"] or ""))
                 points.append(Point(len(points), row["status"], score, idea))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

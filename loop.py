@@ -39,7 +39,7 @@ def research(study: Study, desk: Desk) -> str:
     person is still at the keyboard. Later it is waited out and tried again, as a usage limit always
     is, because at night most errors go away.
     """
-    if not study.journal.history:
+    if not study.journal.experiments:
         baseline(study, desk)
     stalls = pauses = 0
     feedback = ""  # on the last call, for the next one
@@ -194,10 +194,10 @@ def renew(study: Study, desk: Desk) -> None:
 def settle(study: Study, desk: Desk, idea: Idea, verdict: Verdict) -> None:
     """Record a finished idea for good. The branch follows the record."""
     with study.journal.writing():
-        experiment = desk.write_up(idea, verdict)
-        commit = study.journal.record(experiment, idea.base, idea.edit.commit)
+        found = desk.write_up(idea, verdict)
+        experiment = study.journal.record(found, idea.base, idea.edit.commit)
     study.limits.experiments_done += bool(idea.edit.paths)  # no baseline, and no renewal
-    study.show(events.Settled(experiment, commit))
+    study.show(events.Settled(experiment))
 
 
 def main(argv: list[str] | None = None, root: Path | None = None) -> int:

@@ -18,7 +18,8 @@ REFS = "refs/autoresearch-audit"  # a blob for each tag, made anew by each audit
 def audit(study: Study, desk: Desk, runs: int) -> str:
     """Run both so often, and record it. Returns the gain in words."""
     journal, task = study.journal, study.task
-    (first, _), (last, best) = journal.kept[0], journal.kept[-1]
+    best = journal.kept[-1]
+    first, last = journal.kept[0].commit, best.commit
     if first == last:
         raise UserError("nothing was kept beside the baseline: there is nothing to audit")
     edit = Edit(Reply("audit", "", Usage(0.0)), (), last)

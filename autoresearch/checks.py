@@ -231,10 +231,10 @@ def check_gpu(setup: Setup) -> str:
 def check_resumed(setup: Setup) -> str:
     """A run goes on only under its first conditions; the start checks those of the data."""
     journal = setup.journal
-    journal.history = read_history(setup.checkout, journal.tag)
-    if not journal.history:
+    journal.experiments = read_history(setup.checkout, journal.tag)
+    if not journal.experiments:
         return "a new one"
-    arena = Arena(setup.options.arena, data=journal.history[0][1].arena.data)
+    arena = Arena(setup.options.arena, data=journal.experiments[0].arena.data)
     check_comparable(journal, arena, setup.machine, setup.seed)
     return f"goes on after {count(journal.next_number - 1)}"
 
@@ -420,12 +420,12 @@ def check_committed(checkout: Repo, task: Task) -> None:
 
 def check_comparable(journal: Journal, arena: Arena, machine: Machine, seed: int) -> None:
     """Scores compare within one arena and its files, on one GPU, with one torch and one seed."""
-    if not journal.history:
+    if not journal.experiments:
         return
     if not journal.kept:
         lost = f"{journal.tag} has lost its baseline, {REFS}/{journal.tag}/0000"
         raise UserError(f"{lost}: take another --tag")
-    first, task = journal.history[0][1], json.loads(journal.task.text)
+    first, task = journal.experiments[0], json.loads(journal.task.text)
     told = {"seeds": 1, "duels": 0}  # of an older record, which says nothing of them
     if first.task:
         told |= json.loads(journal.checkout.git("cat-file", "blob", first.task))

@@ -22,8 +22,9 @@ from autoresearch.agents import AGENTS, prompt
 from autoresearch.desk import Desk, read_program
 from autoresearch.files import CODE, STOPS, UserError, lock, lock_of_device, uninterrupted
 from autoresearch.jobs import dismiss_idle, gpu
+from autoresearch.journal.experiment import Experiment
 from autoresearch.journal.git import AgentTree
-from autoresearch.journal.journal import FOLDER, REFS, TABLE, History, read_history, runs_of
+from autoresearch.journal.journal import FOLDER, REFS, TABLE, read_history, runs_of
 from autoresearch.pace import PACE
 from autoresearch.study import Limits, Study
 from autoresearch.task import read_task
@@ -175,9 +176,9 @@ def run(options: argparse.Namespace, research: Research) -> int:
     ):
         journal.reconcile()
         code = work(setup, limits, show, research)
-    if journal.history and not options.no_report:
+    if journal.experiments and not options.no_report:
         try:
-            paths = write_report(setup.checkout, setup.task, journal.history, journal.folder)
+            paths = write_report(setup.checkout, setup.task, journal.experiments, journal.folder)
             print(*paths, sep="\n")
         except Exception as error:  # the research was done
             print(f"no report: {checks.explain(error)}", file=sys.stderr)
@@ -224,7 +225,7 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
     show(events.Preparing(options.arena))
     tree = AgentTree(setup.checkout, journal.folder / "tree")
     # what the person committed, since `setup` has the person's rights
-    first = f"{journal.history[0][0]}^" if journal.history else "HEAD"
+    first = f"{journal.experiments[0].commit}^" if journal.experiments else "HEAD"
     start = setup.checkout.resolve(first) or journal.base
     arena = setup.prepare(tree, start)
     checks.check_comparable(journal, arena, machine, setup.seed)
@@ -249,14 +250,14 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
 
 def run_audit(options: argparse.Namespace, research: Research) -> int:
     options.tag, history = past(options)
-    options.arena = options.arena or (history[0][1].arena.name if history else "")
+    options.arena = options.arena or (history[0].arena.name if history else "")
     return run(options, research)
 
 
 def status(options: argparse.Namespace, research: Research) -> None:
     tag, history = past(options)
     folder = runs_of(options.root) / tag
-    now = load(folder / NOW, tag, [e for _, e in history])
+    now = load(folder / NOW, tag, history)
     if options.json:
         print(json.dumps(facts(now, folder), indent=1, default=str))
     else:
@@ -290,26 +291,26 @@ def show_prompt(options: argparse.Namespace, research: Research) -> None:
     if not history:
         raise UserError(f"{tag} has no baseline yet, which the prompt starts from")
     program = read_program(checks.open_checkout(options.root), "HEAD")
-    print(prompt.brief(read_task(options.root), program, [e for _, e in history]), end="")
+    print(prompt.brief(read_task(options.root), program, history), end="")
 
 
-def past(options: argparse.Namespace) -> tuple[str, History]:
+def past(options: argparse.Namespace) -> tuple[str, list[Experiment]]:
     """A run and its history as git holds it: the one named, or the one that was active last."""
     tag, checkout = options.tag, checks.open_checkout(options.root)
     if tag is not None:
         checks.check_name(checkout, tag)
     history = read_history(checkout, tag or "*")
-    active = {e.tag: datetime.fromisoformat(e.finished).timestamp() for _, e in history}
+    active = {e.tag: datetime.fromisoformat(e.finished).timestamp() for e in history}
     seen = runs_of(options.root).glob(f"{tag or '*'}/{NOW}")  # written at each event
     active |= {path.parent.name: path.stat().st_mtime for path in seen}
     if not active:
-        others = ", ".join(sorted({e.tag for _, e in read_history(checkout)}))
+        others = ", ".join(sorted({e.tag for e in read_history(checkout)}))
         there = f"no experiments yet under {REFS}/{tag or ''}{others and f'; there are {others}'}"
         cure = "; `uv run loop.py --demo` makes some" if options.root == CODE else ""
         raise UserError(there + cure)
     last = max(active, key=lambda name: active[name])
-    mine = [entry for entry in history if entry[1].tag == last]
-    if mine and not any(e.verdict == "keep" for _, e in mine):
+    mine = [e for e in history if e.tag == last]
+    if mine and not any(e.verdict == "keep" for e in mine):
         raise UserError(f"{last} has lost its baseline, {REFS}/{last}/0000")
     return last, mine
 

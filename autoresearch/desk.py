@@ -75,7 +75,7 @@ class Desk:
         """The incumbent as it is, with a seed that nothing has run with: the first seed from then
         on, before the one that was."""
         idea, journal = self.new_idea(), self.study.journal
-        seed, last = journal.new_seed, journal.kept[-1][1]
+        seed, last = journal.new_seed, journal.kept[-1]
         words = f"the incumbent again, with seed {seed}"
         commit = self.study.checkout.commit_tree("again\n", f"{idea.base}^{{tree}}", idea.base)
         change = Change(source=last.change.source)
@@ -195,7 +195,7 @@ class Desk:
             run = replace(run, facts={**run.facts, "run_seconds": seconds, "void_runs": 1.0})
         kept = self.study.journal.kept[-1:]
         looked_at, missing = "referee_seconds" in run.facts, SCORED not in run.facts
-        if looked_at and missing and any(SCORED in e.facts for _, e in kept):
+        if looked_at and missing and any(SCORED in e.facts for e in kept):
             crash = f"the guard: {self.study.task.metric} was not printed"
             facts = {"run_seconds": run.facts["run_seconds"]}
             return Run(crash=crash, repairable=True, facts=facts)
@@ -210,7 +210,7 @@ class Desk:
         before: Mapping[str, float] = {}
         if commit == idea.edit.commit:
             kept = self.study.journal.kept if not idea.edit.paths else []
-            earlier = [*(e.facts for _, e in kept), *(r.facts for r in idea.runs.values())]
+            earlier = [*(e.facts for e in kept), *(r.facts for r in idea.runs.values())]
             before = earlier[-1] if earlier else {}
         speed, usual = (facts.get("tokens_per_second", 0.0) for facts in (run.facts, before))
         if run.score is not None and speed < LEAST_SPEED * usual:
@@ -285,7 +285,7 @@ class Desk:
         for name in ("run_seconds", "referee_seconds", "void_runs"):
             if known := [r.facts[name] for r in idea.runs.values() if name in r.facts]:
                 facts[name] = sum(known)
-        before = journal.kept[-1][1].facts if journal.kept else {}
+        before = journal.kept[-1].facts if journal.kept else {}
         notes = [note for note in (idea.note, slow_start(facts, before)) if note]
         if study.limits.gpu_rate:
             facts["gpu_usd_per_hour"] = study.limits.gpu_rate

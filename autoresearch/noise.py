@@ -89,7 +89,7 @@ def is_better(task: Task, record: Record, scores: Scores, lines: int) -> bool:
 def is_worse_on_sealed(task: Task, record: Record, sealed: Scores) -> bool:
     """Whether these sealed scores are worse than the incumbent's by more than chance, as far as
     both are known: their mean gain is a loss of more than its standard deviation."""
-    found = gains(task, sealed, record.kept[-1][1].sealed) if record.kept else []
+    found = gains(task, sealed, record.kept[-1].sealed) if record.kept else []
     if not found:
         return False
     within = deviation(task, record.experiments) / math.sqrt(len(found))

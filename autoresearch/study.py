@@ -55,9 +55,8 @@ class Study:
     def reached(self) -> str | None:
         """Which limit or goal is reached, if any; asked before each experiment, and while the
         driver waits."""
-        limits, best = self.limits, self.journal.best_score
-        goal = limits.until
-        if goal is not None and best is not None and self.task.gain(best, goal) >= 0:
+        limits, best, goal = self.limits, self.journal.best, self.limits.until
+        if goal is not None and best and self.task.gain(best.score or 0.0, goal) >= 0:
             return f"the goal of {goal:g} is reached"
         if limits.experiments_done >= limits.experiments:
             return f"{count(limits.experiments_done)} done"

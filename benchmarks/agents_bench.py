@@ -147,7 +147,7 @@ def run_ten(name: str, folder: Path) -> list[Experiment]:
             project.research(command if name == "command" else name, experiments=10, timeout=3600),
             flush=True,
         )
-    return [experiment for _, experiment in read_history(Repo.at(root))]
+    return read_history(Repo.at(root))
 
 
 if __name__ == "__main__":

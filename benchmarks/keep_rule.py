@@ -78,7 +78,7 @@ def nights(
                 if e.verdict == "keep"
             ]
             true.append(1.0 - world.truth[study.journal.base])
-            claimed.append(records[0][2].score - study.journal.incumbent_score)
+            claimed.append(records[0][2].score - study.journal.kept[-1].score)
             runs += sum(len(e.scores) for _, _, e in records)
             second += sum(len(e.scores) - 1 for _, _, e in ideas)
     false = sum(gain <= 0 for gain in gains) / max(len(gains), 1)

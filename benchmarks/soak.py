@@ -48,7 +48,7 @@ def memory(pid: int) -> float:
 
 
 def history(project: Project) -> list[Experiment]:
-    return [experiment for _, experiment in read_history(Repo.at(project.root))]
+    return read_history(Repo.at(project.root))
 
 
 def undisturbed(project: Project, count: int) -> None:

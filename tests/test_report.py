@@ -238,7 +238,7 @@ def test_our_own_table(reported: Project) -> None:
 @pytest.mark.parametrize("before", ["", " ", "\t", "\r"])
 def test_no_spreadsheet_computes_an_idea(tmp_path: Path, before: str, idea: str) -> None:
     table, e = tmp_path / "results.tsv", replace(night(1)[0], description=before + idea)
-    table.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + journal.row("c", e))
+    table.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + journal.row(e))
     assert table.read_text().splitlines()[1].split("\t")[4] == f"'{idea}"
     assert [p.description for p in report.read_table(table)] == [idea]
 
@@ -291,7 +291,7 @@ def test_a_diff_that_looks_like_the_next_commit(project: Project) -> None:
     agent = 'echo "# $(git rev-parse HEAD)\nX$AUTORESEARCH_EXPERIMENT = 1" >> train.py; echo idea'
     project.research(agent, experiments=2)
     commits = [project.git("rev-parse", f"refs/autoresearch/t/000{i}") for i in range(3)]
-    history = [(commit, experiment(project, i)) for i, commit in enumerate(commits)]
+    history = [replace(experiment(project, i), commit=commit) for i, commit in enumerate(commits)]
     none, *own = report.diffs(Repo.at(project.root), history)
     assert none == "" and ["+X0001 = 1" in own[0], "+X0002 = 1" in own[1]] == [True, True]
     assert "X0002" not in own[0]
@@ -300,11 +300,12 @@ def test_a_diff_that_looks_like_the_next_commit(project: Project) -> None:
 def test_a_long_night_is_a_page_of_a_few_megabytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    history = [replace(e, tag="nov23") for e in timed(night(1000))]
-    monkeypatch.setattr(report, "diffs", lambda *_: ["@@ -1 +1 @@\n-old\n+new\n" * 50] * 1000)
-    checkout, start = Repo.at(ROOT), time.perf_counter()
+    checkout = Repo.at(ROOT)
     commit = checkout.resolve("HEAD") or ""
-    _, page = report.write_report(checkout, TASK, [(commit, e) for e in history], tmp_path)
+    history = [replace(e, tag="nov23", commit=commit) for e in timed(night(1000))]
+    monkeypatch.setattr(report, "diffs", lambda *_: ["@@ -1 +1 @@\n-old\n+new\n" * 50] * 1000)
+    start = time.perf_counter()
+    _, page = report.write_report(checkout, TASK, history, tmp_path)
     print(f"{time.perf_counter() - start:.1f} s")
     assert page.stat().st_size < 8_000_000
     assert browse(page, "return document.querySelectorAll('tr[data-n]').length") == 1000

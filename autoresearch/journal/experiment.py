@@ -47,6 +47,7 @@ class Experiment:
     task: str = trailer("Task", default="")  # blob of the task in force
     tag: str = trailer("Tag")
     finished: str = trailer("Finished")  # UTC, ISO 8601 with microseconds: the order of results.tsv
+    commit: str = ""  # that has this for its message
 
     @property
     def score(self) -> float | None:

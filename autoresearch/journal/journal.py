@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +19,6 @@ LOCK = "lock"  # in a run's folder
 REFS = "refs/autoresearch"
 PROGRAMS = "refs/autoresearch-program"  # every program.md and every task that was ever in force
 FORMULA = ("=", "+", "-", "@")  # what a cell begins with that a spreadsheet computes
-History = list[tuple[str, Experiment]]  # (commit, experiment), oldest first
 
 
 class Record:
@@ -26,11 +26,7 @@ class Record:
 
     def __init__(self, start: str):
         self.start = start  # the commit that the baseline is made of
-        self.history: History = []
-
-    @property
-    def experiments(self) -> list[Experiment]:
-        return [experiment for _, experiment in self.history]
+        self.experiments: list[Experiment] = []
 
     @property
     def tried(self) -> dict[str, Experiment]:
@@ -41,25 +37,21 @@ class Record:
 
     @property
     def next_number(self) -> int:
-        return self.history[-1][1].number + 1 if self.history else 0
+        return self.experiments[-1].number + 1 if self.experiments else 0
 
     @property
-    def kept(self) -> History:
-        return [entry for entry in self.history if entry[1].verdict == "keep"]
+    def kept(self) -> list[Experiment]:
+        return [e for e in self.experiments if e.verdict == "keep"]
 
     @property
     def base(self) -> str:
         """The commit that the next experiment starts from: the last one kept, or the start."""
-        return self.kept[-1][0] if self.kept else self.start
+        return self.kept[-1].commit if self.kept else self.start
 
     @property
     def incumbent_scores(self) -> Mapping[int, float]:
         """By seed; the first is the one that every idea runs with."""
-        return self.kept[-1][1].scores if self.kept else {}
-
-    @property
-    def incumbent_score(self) -> float | None:
-        return self.kept[-1][1].score if self.kept else None
+        return self.kept[-1].scores if self.kept else {}
 
     @property
     def new_seed(self) -> int:
@@ -69,23 +61,19 @@ class Record:
     @property
     def dry(self) -> int:
         """Experiments since the last keep."""
-        return self.next_number - 1 - self.kept[-1][1].number if self.kept else 0
+        return self.next_number - 1 - self.kept[-1].number if self.kept else 0
 
     @property
     def best(self) -> Experiment | None:
         """The best ever kept; a tie that was kept later is a little worse."""
-        return best_of([e for _, e in self.kept])
-
-    @property
-    def best_score(self) -> float | None:
-        return self.best.score if self.best else None
+        return best_of(self.kept)
 
     def now(self) -> str:
         """The time of day, or just after the last record: a clock set back must not reorder
         rows."""
         time = datetime.now(UTC)
-        if self.history:
-            last = datetime.fromisoformat(self.history[-1][1].finished)
+        if self.experiments:
+            last = datetime.fromisoformat(self.experiments[-1].finished)
             time = max(time, last + timedelta(microseconds=1))
         return time.isoformat(timespec="microseconds")
 
@@ -122,33 +110,33 @@ class Journal(Record):
         with uninterrupted(), waiting_lock(self.folder.parent / "results.lock"):
             yield
 
-    def record(self, experiment: Experiment, parent: str, commit: str) -> str:
+    def record(self, experiment: Experiment, parent: str, commit: str) -> Experiment:
         """Make the files of `commit` a child of `parent` with the experiment's trailers,
-        permanently. Returns the new commit. To be called within `writing`.
+        permanently. Returns what git holds of it now. To be called within `writing`.
 
         The ref is the moment of truth: before it nothing has happened, after it the row can be made
         again.
         """
         # hold the record as it reads from git, so that a row made again later is the same
         text = message(experiment)
-        written = parse_message(text)
         final = self.checkout.commit_tree(text, f"{commit}^{{tree}}", parent)
+        written = replace(parse_message(text), commit=final)
         keep, blobs = experiment.verdict == "keep", (experiment.program, experiment.task)
         self.checkout.update_refs(
             f"create {REFS}/{self.tag}/{experiment.number:04d} {final}",
             *(f"update {PROGRAMS}/{blob} {blob}" for blob in blobs if blob),
             *([f"update refs/heads/{self.branch} {final}"] if keep else []),
         )
-        self.history.append((final, written))
-        append(self.table, self.header, row(final, written))
-        return final
+        self.experiments.append(written)
+        append(self.table, self.header, row(written))
+        return written
 
     def reconcile(self) -> None:
         """Read the history, and make branch and results.tsv agree with it: the way to resume. Waits
         until the jobs of a driver that died are gone."""
         with waiting_lock(self.alive):
             pass
-        self.history = read_history(self.checkout, self.tag)
+        self.experiments = read_history(self.checkout, self.tag)
         branch = f"refs/heads/{self.branch}"
         self.checkout.unlock(branch, f"{REFS}/{self.tag}/*")
         tip = self.checkout.resolve(branch)
@@ -164,9 +152,9 @@ class Journal(Record):
         """Make results.tsv what the refs of all tags say; put lines of another origin aside."""
         with self.writing():
             self.checkout.unlock(f"{PROGRAMS}/*")
-            entries = read_history(self.checkout)
-            entries.sort(key=lambda entry: (entry[1].finished, entry[1].tag, entry[1].number))
-            table = self.header + "".join(row(*entry) for entry in entries)
+            all_tags = read_history(self.checkout)
+            all_tags.sort(key=lambda e: (e.finished, e.tag, e.number))
+            table = self.header + "".join(map(row, all_tags))
             found = ""
             if self.table.exists():
                 found = self.table.read_text(encoding="utf-8", errors="replace")
@@ -185,23 +173,23 @@ def runs_of(root: Path) -> Path:
     return root / ("runs" if root == CODE else FOLDER)
 
 
-def read_history(repo: Repo, tag: str = "*") -> History:
+def read_history(repo: Repo, tag: str = "*") -> list[Experiment]:
     """The experiments of one tag, or of all, in the order of their numbers."""
     history = []
     for ref, commit, text in repo.messages(f"{REFS}/{tag}/*"):
         try:
-            history.append((commit, parse_message(text)))
+            history.append(replace(parse_message(text), commit=commit))
         except ValueError as error:
             raise UserError(f"{ref} is {error}; `git update-ref -d {ref}` removes it") from None
-    return sorted(history, key=lambda entry: entry[1].number)
+    return sorted(history, key=lambda e: e.number)
 
 
-def row(commit: str, e: Experiment) -> str:
+def row(e: Experiment) -> str:
     """One line of results.tsv: upstream's five columns, then ours. A crash of upstream's task
     scores 0, as upstream has it; what is unknown is empty."""
     cost, nothing = e.usage.cost_usd, exact(OLD, 0.0) if e.goal == OLD else ""
     cells = (
-        commit[:10],
+        e.commit[:10],
         nothing if e.score is None else exact(e.goal, e.score),
         f"{e.facts.get('memory_gb', 0):.1f}",
         e.verdict,

@@ -54,7 +54,6 @@ class Refereeing:
 @dataclass(frozen=True)
 class Settled:
     experiment: Experiment
-    commit: str
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from autoresearch.audit import in_words, read_audit
 from autoresearch.files import UserError, one_line, tail, write_whole
 from autoresearch.journal.experiment import Experiment, chained, difference, show, write
 from autoresearch.journal.git import Repo
-from autoresearch.journal.journal import History, from_text
+from autoresearch.journal.journal import from_text
 from autoresearch.task import Task
 from autoresearch.view.figures import Figures, count, duration, figures, money
 
@@ -168,9 +168,10 @@ def largest(points: Sequence[Point]) -> list[Point]:
 # The page: the script in report.html builds it from data
 
 
-def write_report(checkout: Repo, task: Task, history: History, folder: Path) -> tuple[Path, Path]:
+def write_report(
+    checkout: Repo, task: Task, experiments: Sequence[Experiment], folder: Path
+) -> tuple[Path, Path]:
     """Write progress.png and report.html of a run into its folder, and return their paths."""
-    experiments = [e for _, e in history]
     found = figures(experiments)
     if found is None:
         raise UserError("nothing to report: the run has no baseline yet")
@@ -181,9 +182,9 @@ def write_report(checkout: Repo, task: Task, history: History, folder: Path) -> 
     title = f"{first.tag}: {place}; agent {one_line(agents, 60)}"
     picture, page = folder / "progress.png", folder / "report.html"
     draw(points, title, picture, first.metric, first.higher)
-    best = next(commit for commit, e in history if e is found.best)
+    best = found.best.commit
     total = sum(found.seconds.values()) or 1.0
-    entries = zip(history, diffs(checkout, history), strict=True)
+    entries = zip(experiments, diffs(checkout, experiments), strict=True)
     again = read_audit(checkout, first.tag, found.best.number)
     audited = in_words(task, again) if again else ""
     data = {
@@ -195,10 +196,10 @@ def write_report(checkout: Repo, task: Task, history: History, folder: Path) -> 
         "gains": [p.number for p in largest(turned(points, first.higher))],
         "parts": tried(experiments),
         "best": best,
-        "diff": checkout.git("diff", "--no-ext-diff", history[0][0], best),
+        "diff": checkout.git("diff", "--no-ext-diff", first.commit, best),
         "cost": cost(found),
         "time": [f"{name} {duration(s)}, {s / total:.1%}" for name, s in found.seconds.items()],
-        "experiments": [record(e, commit, diff, folder) for (commit, e), diff in entries],
+        "experiments": [record(e, diff, folder) for e, diff in entries],
     }
     text = json.dumps(data, default=lambda e: e.number)  # for the experiments in `parts`
     text = text.replace("<", "\\u003c")  # so that no tag begins in it
@@ -316,7 +317,7 @@ def cost(f: Figures) -> str:
     return "; ".join([money(f), *per])
 
 
-def record(e: Experiment, commit: str, diff: str, folder: Path) -> dict[str, Any]:
+def record(e: Experiment, diff: str, folder: Path) -> dict[str, Any]:
     """An experiment on the page; `figures` are the trailers of its commit."""
     log = tail(folder / f"{e.number:04d}" / "run.log", 2 * MAX_LOG).replace("\r", "\n")
     return {
@@ -329,15 +330,15 @@ def record(e: Experiment, commit: str, diff: str, folder: Path) -> dict[str, Any
         "minutes": f"{e.minutes:.1f}",
         "lines": f"{e.change.lines:+d}",
         "figures": dict(write(e)),
-        "commit": commit,
+        "commit": e.commit,
         "diff": diff if len(diff) <= MAX_DIFF else f"{diff[:MAX_DIFF]}\n… cut off here",
         "log": printable(re.sub(r"\n+", "\n", log))[-MAX_LOG:],
     }
 
 
-def diffs(checkout: Repo, history: History) -> list[str]:
+def diffs(checkout: Repo, experiments: Sequence[Experiment]) -> list[str]:
     """The diff of each experiment, by one call of git."""
-    commits = [commit for commit, _ in history]
+    commits = [e.commit for e in experiments]
     options = ("--stdin", "-p", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-color")
     out = checkout.git("diff-tree", *options, stdin="".join(f"{commit}\n" for commit in commits))
     # a hash on a line of its own, then the diff, whose lines all begin otherwise

@@ -220,9 +220,9 @@ def line(event: events.Event, words: str) -> str:
             return f"{number:04d} crashed: {one_line(crash)}; asking for repair {attempt}"
         case events.Refereeing(number, claimed):
             return f"{number:04d} would be kept with {show(claimed)}; the guard looks at it"
-        case events.Settled(e, commit):
+        case events.Settled(e):
             said = f"{e.number:04d} {e.verdict:7s} {score(e)}{signed(e)}"
-            return f"{said} {e.headline} ({commit[:10]})"
+            return f"{said} {e.headline} ({e.commit[:10]})"
     return words
 
 

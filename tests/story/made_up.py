@@ -22,7 +22,7 @@ from autoresearch.ideas import (
     Usage,
 )
 from autoresearch.journal.experiment import Experiment
-from autoresearch.journal.journal import History, Record
+from autoresearch.journal.journal import Record
 from autoresearch.study import Limits, Study
 from autoresearch.task import Arena, Machine, Task
 
@@ -110,9 +110,10 @@ class MadeUpJournal(Record):
     def writing(self) -> Iterator[None]:
         yield
 
-    def record(self, experiment: Experiment, parent: str, commit: str) -> str:
+    def record(self, experiment: Experiment, parent: str, commit: str) -> Experiment:
         world = self.world
         final = f"final {experiment.number}"
+        experiment = replace(experiment, commit=final)
         world.truth[final] = world.truth[commit]
         world.at()
         assert experiment.number not in world.refs
@@ -123,13 +124,13 @@ class MadeUpJournal(Record):
         world.tip = final if experiment.verdict == "keep" else world.tip
         world.at()
         world.rows.append(experiment.number)
-        self.history.append((final, experiment))
+        self.experiments.append(experiment)
         world.at()
-        return final
+        return experiment
 
     def reconcile(self) -> None:
         refs = sorted(self.world.refs.items())
-        self.history: History = [(commit, e) for _, (_, commit, e) in refs]
+        self.experiments = [e for _, (_, _, e) in refs]
         self.world.rows = [number for number, _ in refs]
 
 

@@ -32,7 +32,7 @@ def experiment(
 
 def journal_of(*experiments: Experiment) -> MadeUpJournal:
     journal = MadeUpJournal(World())
-    journal.history = [(f"c{e.number}", e) for e in experiments]
+    journal.experiments = [*experiments]
     return journal
 
 
@@ -153,7 +153,7 @@ def test_a_tie_is_learnt() -> None:
     assert noise.tie(TWO, journal.experiments) == pytest.approx(0.0002)
     for number in range(1, 13):  # gains that differ by 0.02, kept or not; one run says nothing
         scores = [0.98 + 0.03 * (number % 2), 2.0 - 0.03 * (number % 2)][: 1 + number // 3 % 2]
-        journal.history.append(("c", experiment(number, "discard", scores, [1.0, 2.0])))
+        journal.experiments.append(experiment(number, "discard", scores, [1.0, 2.0]))
     twice = sum(len(e.scores) == 2 for e in journal.experiments[1:])
     assert twice == 6
     spread = [

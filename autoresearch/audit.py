@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from autoresearch.desk import Desk
 from autoresearch.files import UserError
-from autoresearch.ideas import Edit, Idea, Reply, Usage
+from autoresearch.ideas import Edit, Idea, Reply
 from autoresearch.journal.git import Repo
 from autoresearch.study import Study
 from autoresearch.task import Task
@@ -22,8 +22,7 @@ def audit(study: Study, desk: Desk, runs: int) -> str:
     first, last = journal.kept[0].commit, best.commit
     if first == last:
         raise UserError("nothing was kept beside the baseline: there is nothing to audit")
-    edit = Edit(Reply("audit", "", Usage(0.0)), (), last)
-    idea = Idea(best.number, journal.folder / "audit", first, "", edit)
+    idea = Idea(best.number, journal.folder / "audit", first, "", Edit(Reply("audit"), (), last))
     scores = []
     for seed in range(journal.new_seed, journal.new_seed + runs):
         pair = {}

@@ -12,7 +12,7 @@ from typing import Any
 from autoresearch import noise
 from autoresearch.agents.call import AgentCall, ask, spent_on
 from autoresearch.files import UserError, check_room, tail
-from autoresearch.ideas import SCORED, Busy, Change, Edit, Idea, Reply, Run, Trouble, Usage
+from autoresearch.ideas import SCORED, Busy, Change, Edit, Idea, Reply, Run, Trouble
 from autoresearch.jobs import LOG, Job, gpu
 from autoresearch.jobs.job import run_spec
 from autoresearch.journal.changes import describe_edit, source_of, syntax_error
@@ -57,18 +57,14 @@ class Desk:
         folder = journal.folder / f"{number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder)
-        unchanged = Edit(Reply("", "", Usage(0.0)), (), journal.base)
         program = read_program(self.study.checkout, journal.base)
-        return Idea(number, folder, journal.base, program, unchanged)
+        return Idea(number, folder, journal.base, program, Edit(Reply(), (), journal.base))
 
     def baseline(self) -> Idea:
-        """What the person committed, as an empty commit."""
-        idea, checkout = self.new_idea(), self.study.checkout
-        commit = checkout.commit_tree("baseline\n", f"{idea.base}^{{tree}}", idea.base)
-        source = source_of(checkout, self.study.task, commit)
-        idea.edit = Edit(
-            Reply("baseline", "", Usage(0.0)), (), commit, change=Change(source=source)
-        )
+        """What the person committed."""
+        idea = self.new_idea()
+        source = source_of(self.study.checkout, self.study.task, idea.base)
+        idea.edit = self.unchanged(idea.base, "baseline", source)
         return idea
 
     def renewal(self) -> Idea:
@@ -77,14 +73,17 @@ class Desk:
         idea, journal = self.new_idea(), self.study.journal
         seed, last = journal.new_seed, journal.kept[-1]
         words = f"the incumbent again, with seed {seed}"
-        commit = self.study.checkout.commit_tree("again\n", f"{idea.base}^{{tree}}", idea.base)
-        change = Change(source=last.change.source)
-        idea.edit = Edit(Reply(words, "", Usage(0.0)), (), commit, change=change)
-        idea.runs[seed] = self.run(idea, commit, seed, self.study.task.worst)
+        idea.edit = self.unchanged(idea.base, words, last.change.source)
+        idea.runs[seed] = self.run(idea, idea.edit.commit, seed, self.study.task.worst)
         if idea.run.score is not None:
             kept = [*last.scores.items()][: self.study.task.seeds - 1]
             idea.runs |= {seed: Run(score, sealed=last.sealed.get(seed)) for seed, score in kept}
         return idea
+
+    def unchanged(self, base: str, words: str, source: str) -> Edit:
+        """An edit of nothing, as an empty commit."""
+        commit = self.study.checkout.commit_tree(f"{words}\n", f"{base}^{{tree}}", base)
+        return Edit(Reply(words), (), commit, change=Change(source=source))
 
     # --- an agent's call
 

@@ -21,7 +21,7 @@ class Usage:
     """What agent calls cost. None is unknown; a sum leaves unknown parts out: it reads `at
     least`."""
 
-    seconds: float = trailer("Agent-seconds", ".1f")
+    seconds: float = trailer("Agent-seconds", ".1f", default=0.0)
     model: str | None = trailer("Model", default=None)
     calls: int | None = trailer("Agent-calls", "d", default=None)
     turns: int | None = trailer("Agent-turns", "d", default=None)
@@ -70,9 +70,9 @@ class Reply:
     what went wrong with it. `cut_short`: the agent itself says that it broke off, so that an edit
     may be half done."""
 
-    description: str
-    reason: str
-    usage: Usage
+    description: str = ""
+    reason: str = ""
+    usage: Usage = Usage()
     trouble: Trouble | None = None
     cut_short: bool = False
 

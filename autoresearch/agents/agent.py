@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autoresearch.files import one_line, tail
+from autoresearch.ideas import Usage
 from autoresearch.pace import PACE
 
 Json = Any
@@ -20,19 +21,13 @@ UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, Re
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What an output says of a call; None is unknown. `error` comes from error fields alone, never
-    from the model's prose, and `status` is its HTTP status. `tokens_in` includes cached ones."""
+class Answer(Usage):
+    """What an output says of a call and of its usage. `error` comes from error fields alone, never
+    from the model's prose, and `status` is its HTTP status."""
 
     text: str = ""
     error: str = ""
     status: int | None = None
-    cost_usd: float | None = None
-    tokens_in: int | None = None
-    tokens_cached: int | None = None
-    tokens_out: int | None = None
-    turns: int | None = None
-    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Output:
 
 def read_text(output: Output) -> Answer:
     """Any command: its output is the answer, and its cost is unknown."""
-    return Answer(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text(size=20_000)))
+    return Answer(text=re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.text(size=20_000)))
 
 
 def words(line: str) -> tuple[str, ...]:

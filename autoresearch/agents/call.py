@@ -67,9 +67,9 @@ def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
     }
     found = Job(call.folder, spec, {**os.environ, **own, **call.env}).result()
     if found is None:
-        return Reply("", "", Usage(0.0), Fruitless(f"the job of {agent.name} is lost"))
+        return Reply(trouble=Fruitless(f"the job of {agent.name} is lost"))
     if why := found.get("not_started"):
-        return Reply("", "", Usage(0.0), NeedsPerson(f"{agent.name} cannot be started: {why}"))
+        return Reply(trouble=NeedsPerson(f"{agent.name} cannot be started: {why}"))
     ended = Exit(**found)
     try:
         answer, unreadable = agent.read(output), ""
@@ -127,16 +127,9 @@ def usage_of(agent: Agent, answer: Answer, seconds: float) -> Usage:
     if cost is None and agent.price and fresh is not None and answer.tokens_out is not None:
         amounts = (fresh - cached, cached, answer.tokens_out)
         cost = sum(tokens * price for tokens, price in zip(amounts, agent.price, strict=True)) / 1e6
-    return Usage(
-        seconds,
-        model=answer.model or agent.model,
-        calls=1,
-        turns=answer.turns,
-        tokens_in=answer.tokens_in,
-        tokens_cached=answer.tokens_cached,
-        tokens_out=answer.tokens_out,
-        cost_usd=cost,
-    )
+    told = {f.name: getattr(answer, f.name) for f in fields(Usage)}
+    ours = {"seconds": seconds, "calls": 1, "cost_usd": cost, "model": answer.model or agent.model}
+    return Usage(**told | ours)
 
 
 def find_trouble(
@@ -165,7 +158,7 @@ def find_trouble(
 def spent_on(folder: Path, base: str) -> Usage:
     """What all calls cost in an experiment's folder from this commit, also before a restart."""
     names = {f.name for f in fields(Usage)}
-    spent = Usage(0.0)
+    spent = Usage()
     for line in tail(folder / CALLS, 1_000_000).splitlines():
         call = parse(line)
         # leave out a line of another version, or torn by a kill

@@ -144,14 +144,12 @@ class MadeUpDesk(Desk):
     def new_idea(self) -> Idea:
         self.world.at()
         journal = self.study.journal
-        unchanged = Edit(Reply("", "", Usage(0.0)), (), journal.base)
+        unchanged = Edit(Reply(), (), journal.base)
         return Idea(journal.next_number, Path("folder"), journal.base, "Be bold.", unchanged)
 
     def baseline(self) -> Idea:
         idea = self.new_idea()
-        idea.edit = replace(
-            idea.edit, reply=Reply("baseline", "", Usage(0.0)), change=Change(source="start")
-        )
+        idea.edit = replace(idea.edit, reply=Reply("baseline"), change=Change(source="start"))
         return idea
 
     def propose(self, idea: Idea, request: str, turn: int = 0) -> Edit:

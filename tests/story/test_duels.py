@@ -9,7 +9,7 @@ from made_up import TASK, World
 
 from autoresearch.desk import Desk
 from autoresearch.files import UserError
-from autoresearch.ideas import Edit, Idea, Reply, Run, Usage
+from autoresearch.ideas import Edit, Idea, Reply, Run
 
 NEVER = -math.inf  # no score beats it
 
@@ -33,7 +33,7 @@ class Ring(Desk):
 
 
 def replace_edit(idea: Idea) -> Idea:
-    return replace(idea, base="theirs", edit=Edit(Reply("", "", Usage(0.0)), ("a",), "mine"))
+    return replace(idea, base="theirs", edit=Edit(Reply(), ("a",), "mine"))
 
 
 def fight(mine: list[Any], theirs: list[Any], duels: int) -> tuple[Run, list[Any]]:

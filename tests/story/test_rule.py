@@ -38,7 +38,7 @@ def journal_of(*experiments: Experiment) -> MadeUpJournal:
 
 def idea_of(runs: dict[int, Run], lines: int = 0) -> Idea:
     change = Change("", "", max(lines, 0), max(-lines, 0))
-    edit = Edit(Reply("", "", Usage(0.0)), ("a",), "c", (), change)
+    edit = Edit(Reply(), ("a",), "c", (), change)
     return Idea(1, None, "c0", "", edit, runs=runs)  # type: ignore[arg-type]
 
 

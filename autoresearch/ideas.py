@@ -40,28 +40,25 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class NeedsPerson:
-    """Needs a person: no login, no credit, no such model."""
+class Trouble:
+    """Why a call failed."""
 
     why: str
 
 
-@dataclass(frozen=True)
-class Busy:
-    """Passes by itself: at `until`, or in a while."""
-
-    why: str
-    until: datetime | None = None
+class NeedsPerson(Trouble):
+    """No login, no credit, no such model."""
 
 
-@dataclass(frozen=True)
-class Fruitless:
+class Fruitless(Trouble):
     """This call brought nothing to run; the next one may."""
 
-    why: str
 
+@dataclass(frozen=True)
+class Busy(Trouble):
+    """Passes by itself: at `until`, or in a while."""
 
-Trouble = NeedsPerson | Busy | Fruitless
+    until: datetime | None = None
 
 
 @dataclass(frozen=True)

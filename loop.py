@@ -95,8 +95,7 @@ def baseline(study: Study, desk: Desk) -> None:
 
 
 def attempt(study: Study, desk: Desk, feedback: str) -> Trouble | None:
-    """One experiment: an edit, its run, at most two repairs, the verdict. Returns why there is
-    none."""
+    """One experiment: an edit, its runs, two repairs at most, the verdict; or why there is none."""
     task, journal = study.task, study.journal
     idea = desk.new_idea()
     request = prompt.brief(task, idea.program, journal.experiments, feedback)
@@ -121,8 +120,8 @@ def attempt(study: Study, desk: Desk, feedback: str) -> Trouble | None:
 
 
 def repair(study: Study, desk: Desk, idea: Idea) -> bool:
-    """Have an idea that crashed mended by an agent, and wait for one that is busy. The idea stays
-    what it was. Returns whether there is another edit to run."""
+    """Have an agent mend an idea that crashed, and wait for one that is busy. Returns whether there
+    is another edit to run."""
     words, pauses = idea.edit.reply.subject(), 0
     request = prompt.repair(study.task, idea.program, idea.number, words, idea.run)
     while True:

@@ -1,2 +1,1 @@
-"""The mechanism that loop.py drives: git, processes, records. It decides nothing and never imports
-loop.py."""
+"""What loop.py drives: git, processes, records. It decides nothing and never imports loop.py."""

@@ -366,8 +366,7 @@ def interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def close_output() -> None:
-    """Without a terminal, write the rest to nowhere, or Python would end with an error of its
-    own."""
+    """Without a terminal, write the rest to nowhere, or Python would end with an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

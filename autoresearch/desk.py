@@ -68,8 +68,7 @@ class Desk:
         return idea
 
     def renewal(self) -> Idea:
-        """The incumbent as it is, with a seed that nothing has run with: the first seed from then
-        on, before the one that was."""
+        """The incumbent as it is, with a seed that nothing has run with, the first from then on."""
         idea, journal = self.new_idea(), self.study.journal
         seed, last = journal.new_seed, journal.kept[-1]
         words = f"the incumbent again, with seed {seed}"
@@ -88,8 +87,7 @@ class Desk:
     # --- an agent's call
 
     def propose(self, idea: Idea, request: str, turn: int = 0) -> Edit:
-        """Call the agent once, in a tree of the idea's commit, and make its edit a commit on the
-        idea's base."""
+        """Call the agent once, in a tree of the idea's commit. Its edit becomes a commit."""
         study, tree, before = self.study, self.study.tree, idea.edit.commit
         tree.hand_out(before)
         study.show(events.Asking(idea.number, turn, idea.run.crash))
@@ -139,8 +137,7 @@ class Desk:
         return (known or range(first, first + self.study.task.seeds))[len(idea.runs)]
 
     def measure(self, idea: Idea) -> None:
-        """Run an idea's commit with its next seed; where scores drift with the machine, beside the
-        incumbent."""
+        """Run an idea with its next seed; where scores drift, beside the incumbent."""
         task, journal, seed = self.study.task, self.study.journal, self.seed(idea)
         if task.duels and journal.kept:
             idea.runs[seed] = self.duel(idea, seed)
@@ -201,8 +198,7 @@ class Desk:
         return run
 
     def held_back(self, idea: Idea, commit: str, run: Run) -> str:
-        """Why a run says little of its program: the GPU was slowed, or it was slower than the same
-        program had been."""
+        """Why a run says little of its program: a slowed GPU, or the same program was faster."""
         slowed = run.facts.get("gpu_slowed_percent", 0.0)
         if slowed > MOST_SLOWED:
             return f"heat or power held the GPU back for {slowed:.0f}% of the time"
@@ -217,9 +213,8 @@ class Desk:
         return ""
 
     def run_job(self, idea: Idea, commit: str, seed: int, beat: float, which: str) -> Run:
-        """Run a commit as a job. A job that is lost, or that stood still with the machine, says
-        nothing of the program, and runs again. `beat`: a score, beyond which the guard looks at
-        it."""
+        """Run a commit as a job; one that is lost, or stood still with the machine, runs again.
+        `beat`: a score, beyond which the guard looks at it."""
         study, edit = self.study, idea.edit
         conditions, alive = replace(study.conditions, seed=seed), study.journal.alive
         spec = run_spec(conditions, study.checkout, alive, commit, study.machine.card, beat)
@@ -254,8 +249,7 @@ class Desk:
         return job.outcome()
 
     def wait_for_gpu(self) -> None:
-        """Wait while other programs use the GPU, and until it has its memory back from killed
-        ones."""
+        """Wait while other programs use the GPU, or it lacks the memory of killed ones."""
         pauses = 0
         while users := gpu.users(self.study.machine, self.study.idle):
             if self.study.reached():

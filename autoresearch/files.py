@@ -26,8 +26,7 @@ class UserError(Exception):
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """Make foreign text safe for a commit subject, a table or a terminal: one bounded line without
-    control characters.
+    """Foreign text as a bounded line without control characters, safe for a terminal or a table.
 
     >>> one_line("a\\tb\\x1b[31m")
     'a b [31m'

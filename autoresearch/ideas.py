@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """What agent calls cost. None is unknown; a sum leaves unknown parts out: it reads `at
-    least`."""
+    """What agent calls cost. None is unknown, and left out of a sum, which reads `at least`."""
 
     seconds: float = trailer("Agent-seconds", ".1f", default=0.0)
     model: str | None = trailer("Model", default=None)

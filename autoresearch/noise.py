@@ -20,8 +20,7 @@ def gains(task: Task, scores: Scores, incumbent: Scores) -> list[float]:
 
 
 def gains_by_run(task: Task, experiments: Sequence[Experiment]) -> Iterator[list[float]]:
-    """Of each experiment that has scores, its gains over the incumbent of its time, run by run with
-    the same seeds."""
+    """Of each experiment its gains over the incumbent of its time, seed by seed."""
     incumbent: Scores = {}
     for e in experiments:
         yield gains(task, e.scores, incumbent)
@@ -53,9 +52,8 @@ def drift(experiments: Sequence[Experiment]) -> float:
 
 
 def least_gain(task: Task, experiments: Sequence[Experiment], runs: int, lines: int) -> float:
-    """What the mean gain of an idea must exceed after so many runs: with seeds to come, nothing;
-    after the last, a tie. With fewer lines a tie is enough, unless ties have added up to more than
-    one."""
+    """What the mean gain must exceed after so many runs: with seeds to come, nothing; at the end, a
+    tie. With fewer lines a tie is enough, unless ties have added up to more than one."""
     within = tie(task, experiments)
     least = within if runs >= task.seeds else 0.0
     last = digits(experiments)

@@ -53,8 +53,7 @@ class Study:
     show: Callable[[Event], None]
 
     def reached(self) -> str | None:
-        """Which limit or goal is reached, if any; asked before each experiment, and while the
-        driver waits."""
+        """Which limit or goal is reached, if any: asked before each experiment and in each wait."""
         limits, best, goal = self.limits, self.journal.best, self.limits.until
         if goal is not None and best and self.task.gain(best.score or 0.0, goal) >= 0:
             return f"the goal of {goal:g} is reached"

@@ -1,5 +1,4 @@
-"""The task: which files may change, how they are measured, what better means; numbers out of a
-log."""
+"""The task: which files may change, how they are measured; numbers out of a log."""
 
 import json
 import math
@@ -40,8 +39,7 @@ class Task:
 
     `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `seeds`: how
     many runs with seeds of their own a keep rests on. `duels`: how often an edit has to beat the
-    incumbent side by side. `noise`: the standard deviation of one
-    gain, in units of the metric; `timeout` is in seconds.
+    incumbent side by side. `noise`: the standard deviation of a gain; `timeout` is in seconds.
     """
 
     files: tuple[str, ...]

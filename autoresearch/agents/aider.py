@@ -6,8 +6,7 @@ from autoresearch.agents.agent import Agent, Answer, Output, amount, count, word
 
 
 def read(output: Output) -> Answer:
-    """The log of its requests has the cost, the history of the model the words. A cost of 0 is an
-    unknown one."""
+    """The log of its requests has the cost, where 0 is unknown, the model's history the words."""
     log = output.objects("analytics.jsonl")
     sent = [entry.get("properties") for entry in log if entry.get("event") == "message_send"]
     said = output.text("llm.txt").rpartition("LLM RESPONSE")[2].splitlines()

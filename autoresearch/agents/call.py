@@ -35,8 +35,7 @@ class AgentCall:
 
 
 def ask(agent: Agent, prompt: str, call: AgentCall) -> Reply:
-    """Call the agent once, fresh, under its hard limit. Prompt, transcript and cost stay in the
-    experiment's folder."""
+    """Call the agent once, fresh. Prompt, transcript and cost stay in the experiment's folder."""
     call.folder.mkdir(parents=True, exist_ok=True)
     turn = len(list(call.folder.glob("prompt-*.md")))
     file, output = call.folder / f"prompt-{turn}.md", Output(call.folder / f"agent-{turn}")
@@ -135,8 +134,7 @@ def usage_of(agent: Agent, answer: Answer, seconds: float) -> Usage:
 def find_trouble(
     agent: Agent, answer: Answer, unreadable: str, ended: Exit, output: Output
 ) -> Trouble | None:
-    """Why a call failed. In order of precedence: our time limit, the CLI's error field, its exit
-    code, unreadable output."""
+    """Why a call failed: by our limit, the CLI's error field, its exit code, unreadable output."""
     now = datetime.now().astimezone()
     trouble = classify(answer.error, answer.status, now) if answer.error else None
     if ended.code is None:
@@ -168,8 +166,7 @@ def spent_on(folder: Path, base: str) -> Usage:
 
 
 def read_answer(text: str) -> tuple[str, str]:
-    """The idea is the last non-empty line of an answer, the reason the paragraph before it; both
-    bounded."""
+    """The idea is the last line of an answer that says something, the reason the text before."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("```")]
     while lines and not lines[-1].strip():
         lines.pop()

@@ -1,7 +1,6 @@
 """The prompt: made by plain code from program.md and the record, the same for the same record.
 
-However long the history, it stays within some 5,000 tokens: lists are cut, and say how much is left
-out.
+However long the history, it stays within some 5,000 tokens: lists are cut, and say by how much.
 """
 
 import re
@@ -152,8 +151,7 @@ def figures(e: Experiment) -> str:
 
 
 def tried(experiments: Sequence[Experiment]) -> list[tuple[str, list[tuple[str, Experiment]]]]:
-    """The edits of each part of the program, as (part, [(value, experiment)]), most edited
-    first."""
+    """The edits of each part, as (part, [(value, experiment)]), the most edited part first."""
     parts: dict[str, list[tuple[str, Experiment]]] = defaultdict(list)
     for e in experiments[1:]:
         for change in e.change.words.split("; "):

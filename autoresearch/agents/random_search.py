@@ -32,8 +32,7 @@ def read(number: str) -> float:
 
 
 def step(number: str, factor: float, low: float, high: float) -> str:
-    """A number moved by a factor and held within its range: powers stay powers, and integers
-    integers."""
+    """A number moved by a factor within its range: powers stay powers, and integers integers."""
     base, power, exponent = number.partition("**")
     up = 1 if factor > 1 else -1
     if power:
@@ -53,8 +52,7 @@ def step(number: str, factor: float, low: float, high: float) -> str:
 
 
 def propose(source: str, rng: random.Random) -> tuple[str, list[str]]:
-    """Move one or two constants of a program. Returns the new program and what changed; nothing may
-    have."""
+    """Move one or two constants. Returns the new program and what changed, which may be nothing."""
     constants, changes = list(CONSTANT.finditer(source)), []
     chosen = rng.sample(constants, min(len(constants), rng.choice((1, 1, 2))))
     for constant in sorted(chosen, key=re.Match.start, reverse=True):  # the last first: it moves

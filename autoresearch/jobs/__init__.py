@@ -78,8 +78,7 @@ class Job:
         return self.outcome()
 
     def outcome(self) -> dict[str, Any] | None:
-        """Its outcome; None for a lost job. A file beside a keeper that failed is not the
-        keeper's."""
+        """None for a lost job: the file beside a keeper that failed is not the keeper's."""
         if self.process.returncode:
             return None
         outcome: dict[str, Any] = json.loads((self.folder / OUTCOME).read_text(encoding="utf-8"))

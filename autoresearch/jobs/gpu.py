@@ -18,9 +18,8 @@ Slices = dict[str, tuple[str, str]]
 
 
 def find_machine(needed: bool, number: int | None) -> Machine:
-    """The GPU of that number, else the first of CUDA_VISIBLE_DEVICES, with its driver; of a card
-    that is cut into slices (MIG) the slice that CUDA would take. UserError without one, unless none
-    is needed."""
+    """The GPU of that number, else the first of CUDA_VISIBLE_DEVICES; of a card that is cut into
+    slices (MIG) the one that CUDA would take. UserError without one, unless none is needed."""
     if number is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
     if not needed:
@@ -91,8 +90,7 @@ def capability(machine: Machine) -> float | None:
 
 
 def memory(machine: Machine, kind: str) -> int:
-    """MiB of the GPU's memory, `total` or `used`; 0 without a GPU, for a slice, and where it is the
-    CPU's own (GB10)."""
+    """MiB of the GPU, `total` or `used`; 0 without one, for a slice, and for the CPU's own."""
     if not machine.gpu or machine.is_slice:
         return 0
     return sum(megabytes(row[0]) for row in query(f"--query-gpu=memory.{kind}", machine.card))
@@ -103,10 +101,7 @@ def megabytes(cell: str) -> int:
 
 
 def users(machine: Machine, idle: int | None = None) -> str:
-    """Describe who uses the GPU; empty if it is, or within 30 s becomes, free.
-
-    `idle`: MiB that were in use when it was known to be free.
-    """
+    """Who uses the GPU; empty if it is free within 30 s. `idle`: MiB in use when it was free."""
     end = time.monotonic() + PACE.gpu_release
     while (found := find_users(machine, idle)) and time.monotonic() < end:
         time.sleep(0.5)

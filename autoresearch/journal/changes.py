@@ -23,8 +23,7 @@ NO_PROGRAM = (SyntaxError, ValueError, RecursionError, MemoryError)  # what read
 
 
 def decode(source: bytes) -> str:
-    """A program's text in the encoding it declares; SyntaxError or ValueError where Python would
-    not read it, or where it is too long."""
+    """A program's text as Python reads it; SyntaxError or ValueError for none, or one too long."""
     if len(source) > MAX_FILE:
         raise ValueError(f"longer than {MAX_FILE / 1e6:g} MB")
     encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
@@ -49,8 +48,7 @@ def syntax_error(path: str, program: bytes) -> tuple[str, str] | None:
 
 
 def fingerprint(source: bytes) -> str:
-    """A hash that comments, layout, docstrings and the order of plain constants do not change;
-    empty for no program.
+    """A hash but for comments, layout, docstrings, the order of constants; empty for no program.
 
     >>> fingerprint(b"A = 1  # one\\nB = 2") == fingerprint(b"B = 2\\n\\nA = 1")
     True
@@ -86,8 +84,7 @@ def parse(source: bytes) -> ast.Module:
 
 
 def sort_constants(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Sort each row of plain constants by name. What calls or reads anything stays where it is: its
-    order matters."""
+    """Sort each row of plain constants by name; the order of all else matters."""
     row: dict[str, ast.stmt] = {}
     for statement in body:
         name = plain_constant(statement)

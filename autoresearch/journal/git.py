@@ -118,8 +118,7 @@ class Repo:
         return names(git_bytes(*self.where, *command, cwd=self.tree))
 
     def lines_changed(self, base: str, commit: str) -> dict[str, tuple[int, int]]:
-        """Lines added to and removed from each file that differs between two commits; 0 for a
-        binary file."""
+        """Lines added to and removed from each file that differs; 0 for a binary file."""
         options = ("--numstat", "-z", "--no-renames", "--no-ext-diff", "--text")
         rows = names(git_bytes(*self.where, "diff", *options, base, commit, cwd=self.tree))
         counts = (row.split("\t", 2) for row in rows)
@@ -197,8 +196,7 @@ class AgentTree:
         remove(self.path)
 
     def changed(self) -> list[str]:
-        """All paths that differ from those handed out: edited, deleted, new; none of a lost
-        tree."""
+        """All paths edited, deleted or new since they were handed out; none of a lost tree."""
         if self.path.is_symlink() or not self.path.is_dir():
             return []
         new = ("--others", "--exclude-standard")
@@ -243,8 +241,7 @@ def tree_git(git_dir: Path, tree: Path, *args: str, stdin: bytes = b"") -> bytes
 
 
 def checkout_tree(git_dir: Path, commit: str, tree: Path) -> bytes:
-    """Write the files of a commit into a folder, filters applied. Returns the index with their
-    state."""
+    """Write the files of a commit, filters applied. Returns the index with their state."""
     tree.mkdir(parents=True, exist_ok=True)
     for name in ("index", "index.lock"):  # a killed git leaves the second
         remove(tree.with_name(name))

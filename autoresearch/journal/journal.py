@@ -69,8 +69,7 @@ class Record:
         return best_of(self.kept)
 
     def now(self) -> str:
-        """The time of day, or just after the last record: a clock set back must not reorder
-        rows."""
+        """The time, or just after the last record: a clock set back must not reorder rows."""
         time = datetime.now(UTC)
         if self.experiments:
             last = datetime.fromisoformat(self.experiments[-1].finished)
@@ -114,8 +113,7 @@ class Journal(Record):
         """Make the files of `commit` a child of `parent` with the experiment's trailers,
         permanently. Returns what git holds of it now. To be called within `writing`.
 
-        The ref is the moment of truth: before it nothing has happened, after it the row can be made
-        again.
+        The ref is the moment of truth: before it nothing has happened, after it all can be mended.
         """
         # hold the record as it reads from git, so that a row made again later is the same
         text = message(experiment)

@@ -93,8 +93,7 @@ def save(status: Status, path: Path) -> None:
 
 
 def load(path: Path, tag: str, experiments: Sequence[Experiment]) -> Status:
-    """The status of a run whose experiments git has. The file may be missing or of another
-    version."""
+    """The status of a run with these experiments. The file may be missing or of another version."""
     known = Status(tag, experiments=tuple(experiments))
     if experiments:
         last = experiments[-1]

@@ -48,16 +48,14 @@ def find_slices() -> Slices:
     """By the UUID of each slice (MIG): the UUID of its card, and its kind, say `MIG 1g.10gb`."""
     slices, card = Slices(), ""
     try:
-        listed = ask("--list-gpus").splitlines()
+        listed = ask("--list-gpus")
     except OSError:  # one card of many that does not answer is enough for that
         return {}
-    for line in listed:
-        if found := re.match(r"\s*(GPU|MIG \S+) .*\(UUID: (\S+)\)", line):
-            kind, uuid = found.groups()
-            if kind == "GPU":
-                card = uuid
-            else:
-                slices[uuid] = card, kind
+    for kind, uuid in re.findall(r"^ *(GPU|MIG \S+) .*\(UUID: (\S+)\)", listed, re.MULTILINE):
+        if kind == "GPU":
+            card = uuid
+        else:
+            slices[uuid] = card, kind
     return slices
 
 

@@ -20,6 +20,7 @@ VALUES = 5  # of one constant
 FIGURES = 6  # of a run
 DRY = 6  # experiments in a row without a gain, before the prompt asks for another direction
 
+LATEST = "The latest experiments, newest last: what changed in the program, and how it went"
 HARNESS = """\
 You edit, and a harness does the rest: it runs, measures, commits, keeps or resets, and logs. Where
 the program below speaks of running, of git, of a results file or of looping forever, that is its
@@ -37,17 +38,21 @@ says what was wrong."""
 
 def brief(task: Task, program: str, experiments: list[Experiment], feedback: str = "") -> str:
     """The request for the next idea. `feedback` says why the last call brought nothing."""
+    failed = feedback and f"It brought nothing: {one_line(feedback, 400)}"
+    quoted = {
+        "Kept, from the baseline to what you find": way_here(experiments),
+        LATEST: "\n".join(row(e) for e in experiments[-RECENT:]),
+        "What was tried of each part, with the difference that it made": themes(experiments),
+        "Training loss and tokens per second along the time": curves(experiments),
+        "The last crash": last_crash(experiments),
+        "Your last call": failed,
+    }
     sections = [
         HARNESS,
         program.strip(),
         standing(task, experiments),
-        way_here(experiments),
-        recent(experiments),
-        themes(experiments),
-        curves(experiments),
-        last_crash(experiments),
+        *(f"# {title}\n\n{fenced(text)}" for title, text in quoted.items() if text),
         nudge(experiments),
-        section("Your last call", feedback and f"It brought nothing: {one_line(feedback, 400)}"),
         f"# Your task\n\nThis is experiment {experiments[-1].number + 1}. "
         + FORMAT.format(what=task.what),
     ]
@@ -119,14 +124,7 @@ def way_here(experiments: list[Experiment]) -> str:
     together = sum(map(gain, left_out))
     rest = f"\n- {len(left_out)} more with {together:.6f} together" if left_out else ""
     lines = [f"- {e.number} {score(e)}{signed(e)} {one_line(e.description, 100)}" for e in listed]
-    text = "\n".join(lines) + figures(kept[-1]) + rest
-    return section("Kept, from the baseline to what you find", text)
-
-
-def recent(experiments: list[Experiment]) -> str:
-    rows = "\n".join(row(e) for e in experiments[-RECENT:])
-    title = "The latest experiments, newest last: what changed in the program, and how it went"
-    return section(title, rows)
+    return "\n".join(lines) + figures(kept[-1]) + rest
 
 
 def row(e: Experiment) -> str:
@@ -168,8 +166,7 @@ def themes(experiments: list[Experiment]) -> str:
     lines = [theme(name, entries) for name, entries in order[:THEMES]]
     if rest := ", ".join(f"{name} {len(entries)}" for name, entries in order[THEMES:]):
         lines.append(f"- less often: {one_line(rest, 400)}")
-    title = "What was tried of each part, with the difference that it made"
-    return section(title, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def theme(name: str, entries: list[tuple[str, Experiment]]) -> str:
@@ -192,7 +189,7 @@ def curves(experiments: list[Experiment]) -> str:
     incumbent, last = incumbent_of(experiments), experiments[-1]
     rows = {"incumbent": incumbent} | ({"last run": last} if last != incumbent else {})
     lines = [f"- {name} (experiment {e.number}): {e.curve}" for name, e in rows.items() if e.curve]
-    return section("Training loss and tokens per second along the time", "\n".join(lines))
+    return "\n".join(lines)
 
 
 def last_crash(experiments: list[Experiment]) -> str:
@@ -201,7 +198,7 @@ def last_crash(experiments: list[Experiment]) -> str:
         return ""
     changed = f" ({one_line(crash.change.words, 120)})" if crash.change.words else ""
     words = f"Experiment {crash.number}, {crash.description}{changed}"
-    return section("The last crash", f"{words}: {one_line(crash.crash, 300)}")
+    return f"{words}: {one_line(crash.crash, 300)}"
 
 
 def nudge(experiments: list[Experiment]) -> str:
@@ -221,11 +218,6 @@ def nudge(experiments: list[Experiment]) -> str:
 
 def gain(e: Experiment) -> float:
     return e.gain or 0.0
-
-
-def section(title: str, quoted: str) -> str:
-    """A part of the prompt that quotes agents or runs; nothing where there is nothing to quote."""
-    return f"# {title}\n\n{fenced(quoted)}" if quoted else ""
 
 
 def fenced(text: str) -> str:

@@ -49,33 +49,32 @@ class Desk:
     everything that git and the disk have to say of them."""
 
     def __init__(self, study: Study):
-        self.study = study
+        self.study, self.task, self.journal = study, study.task, study.journal
 
     def new_idea(self) -> Idea:
         """An idea that starts from the incumbent, at first its program unchanged."""
-        journal, number = self.study.journal, self.study.journal.next_number
-        folder = journal.folder / f"{number:04d}"
+        number, base = self.journal.next_number, self.journal.base
+        folder = self.journal.folder / f"{number:04d}"
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder)
-        program = read_program(self.study.checkout, journal.base)
-        return Idea(number, folder, journal.base, program, Edit(Reply(), (), journal.base))
+        program = read_program(self.study.checkout, base)
+        return Idea(number, folder, base, program, Edit(Reply(), (), base))
 
     def baseline(self) -> Idea:
         """What the person committed."""
         idea = self.new_idea()
-        source = source_of(self.study.checkout, self.study.task, idea.base)
+        source = source_of(self.study.checkout, self.task, idea.base)
         idea.edit = self.unchanged(idea.base, "baseline", source)
         return idea
 
     def renewal(self) -> Idea:
         """The incumbent as it is, with a seed that nothing has run with, the first from then on."""
-        idea, journal = self.new_idea(), self.study.journal
-        seed, last = journal.new_seed, journal.kept[-1]
+        idea, seed, last = self.new_idea(), self.journal.new_seed, self.journal.kept[-1]
         words = f"the incumbent again, with seed {seed}"
         idea.edit = self.unchanged(idea.base, words, last.change.source)
-        idea.runs[seed] = self.run(idea, idea.edit.commit, seed, self.study.task.worst)
+        idea.runs[seed] = self.run(idea, idea.edit.commit, seed, self.task.worst)
         if idea.run.score is not None:
-            kept = [*last.scores.items()][: self.study.task.seeds - 1]
+            kept = [*last.scores.items()][: self.task.seeds - 1]
             idea.runs |= {seed: Run(score, sealed=last.sealed.get(seed)) for seed, score in kept}
         return idea
 
@@ -109,7 +108,7 @@ class Desk:
     def read_edit(self, reply: Reply, base: str, before: str) -> Edit:
         """What git says of the agent's tree, which was handed out as `before`. What may be edited
         becomes a commit on `base`."""
-        task, tree, checkout = self.study.task, self.study.tree, self.study.checkout
+        task, tree, checkout = self.task, self.study.tree, self.study.checkout
         paths = tuple(tree.changed())
         foreign = tuple(path for path in paths if not task.may_edit(path))
         files = {path: tree.read(path) for path in paths if path not in foreign}
@@ -124,7 +123,7 @@ class Desk:
             fault = f"{lost[0]} is gone, no plain file, or longer than {MAX_FILE // 10**6} MB", ""
         runs = paths and not foreign and not fault
         source = source_of(checkout, task, commit) if runs else ""
-        same = self.study.journal.tried.get(source) if source else None
+        same = self.journal.tried.get(source) if source else None
         change = describe_edit(checkout, base, commit, source)
         return Edit(reply, paths, commit, foreign, change, fault, same)
 
@@ -132,17 +131,17 @@ class Desk:
 
     def seed(self, idea: Idea) -> int:
         """That of an idea's next run: those of the incumbent, in that order."""
-        known = [*self.study.journal.incumbent_scores]
+        known = [*self.journal.incumbent_scores]
         first = self.study.conditions.seed
-        return (known or range(first, first + self.study.task.seeds))[len(idea.runs)]
+        return (known or range(first, first + self.task.seeds))[len(idea.runs)]
 
     def measure(self, idea: Idea) -> None:
         """Run an idea with its next seed; where scores drift, beside the incumbent."""
-        task, journal, seed = self.study.task, self.study.journal, self.seed(idea)
-        if task.duels and journal.kept:
+        seed, lines = self.seed(idea), idea.edit.change.lines
+        if self.task.duels and self.journal.kept:
             idea.runs[seed] = self.duel(idea, seed)
         else:
-            beat = noise.to_beat(task, journal, idea.scores, seed, idea.edit.change.lines)
+            beat = noise.to_beat(self.task, self.journal, idea.scores, seed, lines)
             idea.runs[seed] = self.run(idea, idea.edit.commit, seed, beat)
 
     def duel(self, idea: Idea, seed: int) -> Run:
@@ -150,7 +149,7 @@ class Desk:
         ends it. Returns the idea's last run, with the mean scores of both."""
         mine, theirs, seconds = idea.edit.commit, idea.base, 0.0
         scores: dict[str, list[float]] = {mine: [], theirs: []}
-        task, won = self.study.task, 0
+        task, won = self.task, 0
         tie = noise.TIE * task.noise
         margin = tie if task.higher else -tie
         for number in range(task.duels):
@@ -189,10 +188,10 @@ class Desk:
             run = self.run_job(idea, commit, seed, beat, which)
             seconds = void + run.facts["run_seconds"]
             run = replace(run, facts={**run.facts, "run_seconds": seconds, "void_runs": 1.0})
-        kept = self.study.journal.kept[-1:]
+        kept = self.journal.kept[-1:]
         looked_at, missing = "referee_seconds" in run.facts, SCORED not in run.facts
         if looked_at and missing and any(SCORED in e.facts for e in kept):
-            crash = f"the guard: {self.study.task.metric} was not printed"
+            crash = f"the guard: {self.task.metric} was not printed"
             facts = {"run_seconds": run.facts["run_seconds"]}
             return Run(crash=crash, repairable=True, facts=facts)
         return run
@@ -204,7 +203,7 @@ class Desk:
             return f"heat or power held the GPU back for {slowed:.0f}% of the time"
         before: Mapping[str, float] = {}
         if commit == idea.edit.commit:
-            kept = self.study.journal.kept if not idea.edit.paths else []
+            kept = self.journal.kept if not idea.edit.paths else []
             earlier = [*(e.facts for e in kept), *(r.facts for r in idea.runs.values())]
             before = earlier[-1] if earlier else {}
         speed, usual = (facts.get("tokens_per_second", 0.0) for facts in (run.facts, before))
@@ -242,7 +241,7 @@ class Desk:
         try:
             while not job.wait(0.2):
                 if not claimed and (claimed := GUARDING.search(tail(job.folder / LOG))):
-                    number, score = self.study.journal.next_number, float(claimed[1])
+                    number, score = self.journal.next_number, float(claimed[1])
                     self.study.show(events.Refereeing(number, score))
         finally:
             job.stop()
@@ -272,7 +271,7 @@ class Desk:
 
     def write_up(self, idea: Idea, verdict: Verdict) -> Experiment:
         """The record of a finished idea: the figures of its first run, and the seconds of all."""
-        study, journal, edit, run = self.study, self.study.journal, idea.edit, idea.run
+        study, journal, edit, run = self.study, self.journal, idea.edit, idea.run
         first = next(iter(idea.runs.values()), run)
         facts = dict(run.facts if verdict == "crash" else first.facts)
         for name in ("run_seconds", "referee_seconds", "void_runs"):

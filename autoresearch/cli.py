@@ -194,7 +194,6 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
         show(
             events.Started(
                 journal.tag,
-                journal.branch,
                 study.agent.name,
                 study.conditions.arena,
                 study.machine,

@@ -36,9 +36,7 @@ def timed(history: list[Experiment], seconds: float = 360.0) -> tuple[Experiment
 def started(history: tuple[Experiment, ...]) -> events.Started:
     machine = Machine("NVIDIA H100", "600.1", "2.15")
     arena = Arena("climbmix", 300.0, "d", Path("/cache/climbmix"))
-    return events.Started(
-        "nov23", "autoresearch/nov23", "claude", arena, machine, history, 900.0, ""
-    )
+    return events.Started("nov23", "claude", arena, machine, history, 900.0, "")
 
 
 def shown(now: Status, progress: Progress | None, at: float, width: int = 80) -> list[str]:

@@ -22,7 +22,6 @@ class Preparing:
 @dataclass(frozen=True)
 class Started:
     tag: str
-    branch: str
     agent: str
     arena: Arena
     machine: Machine

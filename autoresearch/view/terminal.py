@@ -237,5 +237,5 @@ def describe_start(event: events.Started) -> str:
     exposed = f"WITH the network and your processes ({event.exposed})"
     sandbox = "with the network" if event.network else "without network"
     sandbox = exposed if event.exposed else sandbox
-    who = f"agent {event.agent}; branch {event.branch}; runs {sandbox}"
+    who = f"agent {event.agent}; branch autoresearch/{event.tag}; runs {sandbox}"
     return f"{event.tag}: {so_far}; {arena}; {who}"

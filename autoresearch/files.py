@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import stat
@@ -31,9 +32,14 @@ def one_line(text: str, limit: int = 200) -> str:
     >>> one_line("a\\tb\\x1b[31m")
     'a b [31m'
     """
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    line = " ".join(printable.split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """Foreign text with its lines, without control characters."""
+    plain = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    return re.sub(r"\n{3,}", "\n\n", plain)
 
 
 def remove(path: Path) -> None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from autoresearch import noise
-from autoresearch.files import one_line
+from autoresearch.files import one_line, printable
 from autoresearch.ideas import FACTS, Run
 from autoresearch.journal.experiment import Experiment, score, signed
 from autoresearch.task import Task
@@ -225,9 +225,3 @@ def fenced(text: str) -> str:
     plain = printable(text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", plain)), default=0))
     return f"{fence}\n{plain}\n{fence}"
-
-
-def printable(text: str) -> str:
-    """Foreign text with its lines, without control characters."""
-    plain = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-    return re.sub(r"\n{3,}", "\n\n", plain)

@@ -18,9 +18,9 @@ from statistics import NormalDist, StatisticsError, correlation, median
 from typing import Any
 
 from autoresearch import noise
-from autoresearch.agents.prompt import outcome, printable, tried
+from autoresearch.agents.prompt import outcome, tried
 from autoresearch.audit import in_words, read_audit
-from autoresearch.files import UserError, one_line, tail, write_whole
+from autoresearch.files import UserError, one_line, printable, tail, write_whole
 from autoresearch.journal.experiment import Experiment, chained, difference, show, write
 from autoresearch.journal.git import Repo
 from autoresearch.journal.journal import from_text

@@ -211,7 +211,7 @@ CHEATS = [
     ),
 ]  # fmt: skip
 
-# What nothing can see: torch opens the validation rows by itself, and eight tokens say which one comes next.
+# What only the sealed rows show: torch opens the validation rows by itself, and eight tokens say which one comes next.
 READS_VALIDATION = Cheat("reads the validation file", "", (
     (LOGITS, "        if hasattr(self, 'answers'):\n"
      "            logits = logits + 12 * F.one_hot(self.answers[hashed(x)], V)\n" + LOGITS),
@@ -276,14 +276,15 @@ def test_a_model_that_cannot_be_exported_is_mended(cheated: Project) -> None:
     )
 
 
-def test_reading_the_validation_file_shows_in_the_sealed_score(cheated: Project) -> None:
+def test_reading_the_validation_file_loses_on_the_sealed_rows(cheated: Project) -> None:
     gaps = []
-    for number in (1, len(CHEATS) + 2):
+    note = "Note: better on validation, and worse on the sealed rows"
+    for number, verdict in ((1, "Status: keep"), (len(CHEATS) + 2, note)):
         message = cheated.git("log", "-1", "--format=%B", f"refs/autoresearch/t/{number:04d}")
         val, sealed = (
             float(re.search(rf"^{name}: (.*)$", message, re.M)[1])
             for name in ("Val-bpb", "Sealed-bpb")
         )
-        assert "\nStatus: keep\n" in message
+        assert f"\n{verdict}\n" in message
         gaps.append(sealed - val)
     assert abs(gaps[0]) < 0.3 and gaps[1] > 2.0

@@ -21,11 +21,20 @@ from statistics import stdev
 
 from autoresearch.agents import AGENTS, find_agent
 from autoresearch.agents.agent import Agent
-from autoresearch.files import CODE, UserError, check_free, check_room, lock_of_device, one_line
+from autoresearch.files import (
+    CODE,
+    UserError,
+    cache,
+    check_free,
+    check_room,
+    lock_of_device,
+    one_line,
+)
 from autoresearch.ideas import Run
 from autoresearch.jobs import Job, gpu
+from autoresearch.jobs.compiled import cache_environment
 from autoresearch.jobs.job import MANIFEST, Conditions, read_text, run_spec, stamps_of
-from autoresearch.jobs.sandbox import NONE, Sandbox, find_sandbox, lend
+from autoresearch.jobs.sandbox import NONE, Sandbox, descend, fault, find_rungs, lend
 from autoresearch.journal.changes import syntax_error
 from autoresearch.journal.experiment import show
 from autoresearch.journal.git import AgentTree, GitError, Repo, run_git
@@ -76,8 +85,24 @@ class Setup:
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        task = self.task
-        return NONE if self.options.no_isolation else find_sandbox(task.network, task.env)
+        """The best one in which the GPU works, if it is needed."""
+        if self.options.no_isolation:
+            return NONE
+        rungs = find_rungs(self.root, self.task.network, self.task.env)
+        return descend(rungs, self.gpu_fault) if self.needs_gpu else next(rungs)
+
+    def gpu_fault(self, sandbox: Sandbox) -> str:
+        """Why the GPU does not work in a sandbox, if it does not. `machine` has used it before
+        without one: that makes its device files, which a sandboxed program cannot."""
+        if not self.machine.gpu:
+            return ""
+        if self.root != CODE:
+            return fault(sandbox, ["nvidia-smi", "--list-gpus"])
+        try:
+            ask_gpt(sandbox, "torch", "cuda")
+        except (UserError, subprocess.SubprocessError) as error:
+            return one_line(str(error), 300)
+        return ""
 
     def prepare(self, tree: AgentTree, start: str, quietly: bool = False) -> Arena:
         """Run the task's `setup` on a commit, in a tree that is removed after it."""
@@ -302,10 +327,10 @@ def find_editable(root: Path) -> str:
 
 def check_isolation(setup: Setup) -> str:
     if missing := setup.sandbox.missing:
-        exposed = "a run will have the network and see other processes"
-        return Warn(f"{missing}: {exposed}; see What is not promised in README.md")
+        exposed = "" if setup.sandbox.prefix else ": a run will have all that you have"
+        return Warn(f"{missing}{exposed}; see What is not promised in README.md")
     net = "the" if setup.task.network else "no"
-    return f"a run will have {net} network and see no other process"
+    return f"a run will have {net} network, see no other process, and open no file but its own"
 
 
 def check_disk(setup: Setup) -> str:
@@ -335,11 +360,15 @@ def check_data(setup: Setup) -> str:
 def ask_gpt(sandbox: Sandbox, *args: str) -> str:
     """Have `gpt.check` make a check, in the sandbox of a run and with empty compile caches."""
     with tempfile.TemporaryDirectory() as tmp:
-        env = sandbox.environment(Path(tmp))
-        env |= {"TORCHINDUCTOR_CACHE_DIR": tmp, "TRITON_CACHE_DIR": tmp}
-        command = [*sandbox.prefix, sys.executable, "-m", "gpt.check", *args]
+        env = sandbox.environment(Path(tmp)) | cache_environment(Path(tmp))
+        env["AUTORESEARCH_CACHE"] = str(cache())
+        for name in ("gpt", "autoresearch"):  # a run has its code in a tree, and sees no other
+            shutil.copytree(CODE / name, Path(tmp, name))
+        shutil.copy(CODE / "prepare.py", tmp)
+        check = [sys.executable, "-m", "gpt.check", *args]
+        command = sandbox.command(check, write=[Path(tmp)])
         done = subprocess.run(
-            command, cwd=CODE, env=env, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp, env=env, capture_output=True, text=True, timeout=300, check=False
         )
     said = (done.stderr if done.returncode else done.stdout).strip().rpartition("\n")[2]
     kind, _, words = said.partition(": ")

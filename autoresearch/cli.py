@@ -201,6 +201,7 @@ def work(setup: checks.Setup, limits: Limits, show: Display, research: Research)
                 study.agent_limit,
                 study.conditions.sandbox.missing,
                 study.task.network,
+                bool(study.conditions.sandbox.prefix),
             )
         )
         desk = Desk(study)

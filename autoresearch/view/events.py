@@ -27,8 +27,9 @@ class Started:
     machine: Machine
     history: tuple[Experiment, ...]
     agent_limit: float  # seconds of a call
-    exposed: str  # why runs are not isolated; empty if they are
+    exposed: str  # what their isolation lacks; empty if nothing
     network: bool = False  # whether the task gives them the network
+    isolated: bool = False  # whether they are, as far as the kernel allows it
 
 
 @dataclass(frozen=True)

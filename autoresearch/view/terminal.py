@@ -236,6 +236,7 @@ def describe_start(event: events.Started) -> str:
         arena = f"arena {event.arena.name}, {arena}"
     exposed = f"WITH the network and your processes ({event.exposed})"
     sandbox = "with the network" if event.network else "without network"
-    sandbox = exposed if event.exposed else sandbox
+    if event.exposed:
+        sandbox = f"{sandbox} ({event.exposed})" if event.isolated else exposed
     who = f"agent {event.agent}; branch autoresearch/{event.tag}; runs {sandbox}"
     return f"{event.tag}: {so_far}; {arena}; {who}"

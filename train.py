@@ -657,6 +657,7 @@ def main():
     start = time.perf_counter()
     model = GPT()
     micro_rows = warm_up(model, min(BATCH, MICRO_BATCH) // T)
+    loader.register(compiled(model))    # what will be scored: its graph leaves before the first batch
     optimizers, compile_seconds = make_optimizers(model), time.perf_counter() - start
     size, tables = sum(p.numel() for p in model.parameters()), model.tables.weight.numel()
     print(f"{size:,} parameters, {tables:,} of them in n-gram tables; attention {ATTENTION}; "

@@ -37,9 +37,10 @@ def trailer(name: str, form: str = "s", **default: Any) -> Any:
 class Task:
     """What is improved and how it is measured. The defaults are those of the keys in TOML.
 
-    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`: shell lines. `seeds`: how
-    many runs with seeds of their own a keep rests on. `duels`: how often an edit has to beat the
-    incumbent side by side. `noise`: the standard deviation of a gain; `timeout` is in seconds.
+    `files`: paths, `*`, `**` and `folder/`. `measure`, `guard`, `setup`, `feed`: shell lines.
+    `seeds`: how many runs with seeds of their own a keep rests on. `duels`: how often an edit has
+    to beat the incumbent side by side. `noise`: the standard deviation of a gain; `timeout` is in
+    seconds. `read`: what runs may read of the checkout, and outside of it.
     """
 
     files: tuple[str, ...]
@@ -48,12 +49,14 @@ class Task:
     higher: bool = False
     guard: str = ""
     setup: str = ""
+    feed: str = ""
     seeds: int = 1
     duels: int = 0
     noise: float = 0.0
     timeout: float = 600.0
     network: bool = False
     env: tuple[str, ...] = ()
+    read: tuple[str, ...] = (".",)
     gpu: bool = False
 
     @property
@@ -167,7 +170,7 @@ def make_task(table: dict[str, Any], where: str) -> Task:
             f"{where}: {metric!r} cannot be a metric: letters, digits and _, and no column"
         )
     values = {key: value for key, value in table.items() if key not in metrics}
-    values |= {key: tuple(values[key]) for key in ("files", "env") if key in values}
+    values |= {key: tuple(values[key]) for key in ("files", "env", "read") if key in values}
     return Task(metric=metric, higher=metrics == ["higher"], **values)
 
 

@@ -1,5 +1,5 @@
 """
-What the arena costs: tokenizing on one core and on all, the loader, the evaluation beside a plain pass, the referee.
+What the arena costs: tokenizing on one core and on all, the feeder, the evaluation beside a plain pass, the guard.
 
     uv run benchmarks/arena_bench.py [--arena demo]
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,7 +32,8 @@ import torch.nn.functional as F  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
-from gpt import text  # noqa: E402
+from gpt import client, graph, make, text  # noqa: E402
+from gpt.tokenizer import Tokenizer  # noqa: E402
 from prepare import ARENA  # noqa: E402
 
 
@@ -85,26 +86,38 @@ def memory(manifest: dict) -> None:
         print(f"tokenizing a piece of {text.PIECE / 1e6:.0f} MB: {peak:.0f} MB at its peak")
 
 
-def loading() -> None:
-    """From one core, at two sizes of a batch."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's would fight for the one core
-    prepare.ARENA = replace(ARENA, budget=5.0)
-    for rows in (2**17 // ARENA.sequence_len, 2**19 // ARENA.sequence_len):
-        prepare.CLOCK = prepare.Clock()
-        loader = prepare.TrainLoader(rows, "cpu")
-        took = seconds(lambda loader=loader: sum(1 for _ in loader))
-        print(
-            f"loader, {rows} rows of {ARENA.sequence_len}: {loader.tokens / took / 1e6:.1f}M tokens/s from one core"
-        )
-    prepare.ARENA = ARENA
-    torch.set_num_threads(threads)
-    os.sched_setaffinity(0, cores)
+FEEDER = """
+import sys
+from dataclasses import replace
+import gpt.feed
+from gpt.arena import ARENAS, load_manifest
+gpt.feed.read_manifest = load_manifest     # its token files serve rows of any length
+ARENAS["{0}"] = replace(ARENAS["{0}"], sequence_len=2048, counted=True)
+sys.exit(gpt.feed.main())
+"""
 
 
-def evaluating(network: torch.nn.Module, rows: np.ndarray) -> None:
+def feeding() -> None:
+    """Rows of 2048 tokens from the feeder, on one core, while we only read."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    client.FEEDER = [sys.executable, "-c", FEEDER.format(ARENA.name)]
+    for rows in (2**17 // 2048, 2**19 // 2048):
+        feed = client.Feed()
+        os.sched_setaffinity(feed.process.pid, {first})
+        os.sched_setaffinity(0, others or {first})
+        feed.ask(b"o", rows)
+        feed.ask(b"g", 11, send=lambda feed: feed.write(b'{"bytes":0}'))
+        steps, start = 0, time.perf_counter()
+        while time.perf_counter() - start < 5:
+            feed.ask(b"b")
+            steps += 1
+        speed = steps * rows * 2048 / (time.perf_counter() - start) / 1e6
+        print(f"feeder, {rows} rows of 2048: {speed:.1f}M tokens/s from one core")
+        feed.close()
+    os.sched_setaffinity(0, {first, *others})
+
+
+def evaluating(network: torch.nn.Module, rows: np.ndarray, lengths: tuple) -> None:
     """The same rows and the same loss, without counting and without probes; by turns, since machines are noisy."""
 
     @torch.no_grad()
@@ -118,7 +131,7 @@ def evaluating(network: torch.nn.Module, rows: np.ndarray) -> None:
                 nats += F.cross_entropy(logits.float(), y, reduction="sum")
 
     def ours() -> None:
-        prepare.evaluate(network, rows, torch.device(train.DEVICE))
+        prepare.evaluate(network, rows, lengths, torch.device(train.DEVICE))
 
     took = [(seconds(plain), seconds(ours)) for _ in range(6)][1:]
     ratios = [b / a for a, b in took]
@@ -128,13 +141,19 @@ def evaluating(network: torch.nn.Module, rows: np.ndarray) -> None:
     )
 
 
-def refereeing(network: torch.nn.Module, rows: np.ndarray) -> None:
+def guarding(network: torch.nn.Module, rows: np.ndarray, lengths: tuple) -> None:
+    """A model's way out, and its score in a process of its own."""
     x = torch.from_numpy(rows[: ARENA.eval_rows, :-1].astype(np.int64)).to(train.DEVICE)
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model.pt2"
-        exporting = seconds(lambda: prepare.export(network, x, model))
-        score, _ = prepare.evaluate(network, rows, torch.device(train.DEVICE))
-        told = {"AUTORESEARCH_MODEL": str(model), "AUTORESEARCH_SCORE": str(score)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        exporting = seconds(lambda: graph.export(network, x))
+        again = seconds(lambda: graph.export(network, x))
+        exported = graph.export(network, x)
+        (folder / "graph.json").write_bytes(exported.text)
+        with (folder / "weights.bin").open("wb", buffering=0) as file:
+            writing = seconds(lambda: graph.write_tensors(network, exported, file))
+        score, _ = prepare.evaluate(network, rows, lengths, torch.device(train.DEVICE))
+        told = {"AUTORESEARCH_MODEL": name, "AUTORESEARCH_SCORE": str(score)}
         judge = partial(
             subprocess.run,
             [sys.executable, "prepare.py", "--judge"],
@@ -144,21 +163,25 @@ def refereeing(network: torch.nn.Module, rows: np.ndarray) -> None:
             check=True,
         )
         judging = seconds(judge)
-        size = model.stat().st_size / 2**20
     print(
-        f"referee: export {exporting:.1f} s ({size:.0f} MB), scoring in a process of its own {judging:.1f} s"
+        f"graph out {exporting:.2f} s the first time, {again:.2f} s the second; weights out {writing:.2f} s, "
+        f"{exported.size / writing / 1e6:.0f} MB/s; scoring in a process of its own {judging:.1f} s"
     )
 
 
 def main() -> None:
-    manifest = prepare.prepare(ARENA)
+    manifest = make.prepare(ARENA)
     tokenizing(manifest)
     memory(manifest)
-    loading()
+    feeding()
     torch.manual_seed(ARENA.seed)
-    network, rows = train.compiled(train.GPT().to(train.DEVICE)).eval(), prepare.load_rows("val")
-    evaluating(network, rows)
-    refereeing(network, rows)
+    network, rows = (
+        train.compiled(train.GPT().to(train.DEVICE)).eval(),
+        np.load(ARENA.folder / manifest["val"]),
+    )
+    lengths = Tokenizer.load(ARENA.folder / manifest["tokenizer"]).byte_lengths()
+    evaluating(network, rows, lengths)
+    guarding(network, rows, lengths)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NoReturn
@@ -48,7 +48,7 @@ REFERENCE = {
 }  # fmt: skip
 
 ROWS = ("val_bpb", "tokens/s", "mfu_percent", "num_steps", "total_tokens_M", "num_params_M", "peak_vram_mb",
-        "startup_seconds", "compile_seconds", "training_seconds", "evaluation_seconds", "total_seconds")  # fmt: skip
+        "compile_seconds", "training_seconds", "evaluation_seconds", "total_seconds")  # fmt: skip
 
 
 def constants_of(source: str) -> set[str]:
@@ -127,30 +127,39 @@ def measure_all(
     return {name: runs for name, runs in columns.items() if len(runs) == len(options.seeds)}
 
 
+FEEDER = """
+import sys
+from gpt.arena import ARENAS, Arena
+import gpt.feed
+ARENAS[{0[name]!r}] = Arena(**{0!r})
+sys.exit(gpt.feed.main())
+"""
+
+
 def run(program: Path, budget: float | None, tokens: int | None) -> None:
     """In a process of its own: train.py for another budget, or for a number of tokens."""
     sys.path.insert(0, str(ROOT))
     import prepare
+    from gpt import client
 
-    class TokenClock(prepare.Clock):
-        """Time goes by in tokens, as far as the loader and the schedules know."""
+    class Loader(prepare.TrainLoader):
+        """Time goes by in tokens, and is told in seconds in the end."""
+
+        started = 0.0
 
         def elapsed(self) -> float:
-            if self.seconds is not None or self.loader is None:
-                return super().elapsed()
-            return prepare.ARENA.budget * self.loader.tokens / tokens
+            if self.steps and not self.running:
+                return time.perf_counter() - self.started
+            self.started = self.started or time.perf_counter()
+            return prepare.ARENA.budget * self.tokens / tokens
 
-        def stop(self) -> None:
-            if self.seconds is None and self.started is not None:
-                self.stopped = time.perf_counter()
-                self.seconds = self.stopped - self.started
-                prepare.ARENA = replace(prepare.ARENA, budget=self.seconds)
-
-    if budget:
-        prepare.ARENA = replace(prepare.ARENA, budget=budget)
+    # of a number of tokens the run itself knows how many are left, as of counted work
+    arena = replace(prepare.ARENA, budget=budget or prepare.ARENA.budget)
+    prepare.ARENA = replace(arena, counted=arena.counted and not tokens)
+    told = replace(arena, counted=arena.counted or bool(tokens))
+    client.FEEDER = [sys.executable, "-c", FEEDER.format(asdict(told))]
     if tokens:
-        prepare.ARENA = replace(prepare.ARENA, counted=False)
-        prepare.CLOCK = TokenClock()
+        prepare.TrainLoader = Loader
     runpy.run_path(str(program), run_name="__main__")
 
 

@@ -7,12 +7,12 @@ The checks of GPT training for `doctor`: a line with the finding, or exit code 1
 
 import json
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 
 from autoresearch.files import UserError, cache, one_line
+from gpt.arena import ARENAS, DEFAULT_ARENA
 
 
 def check_torch(device: str) -> str:
@@ -42,15 +42,14 @@ def check_torch(device: str) -> str:
 
 def check_data(arena: str) -> str:
     """Where the arena is, or what will make it; a start checks its files."""
-    source = Path(__file__).parent.parent / "prepare.py"
-    known = re.findall(r'Arena\("(\w+)"', source.read_text(encoding="utf-8"))
+    arena = arena or DEFAULT_ARENA
     manifest = cache() / arena / "manifest.json"
     if os.sep in arena:
         if not Path(arena).is_dir():
             raise UserError(f"{arena}: no such folder")
         return arena
-    if known and arena not in known:
-        raise UserError(f"unknown arena {arena!r}: one of {', '.join(known)}, or ./a/folder")
+    if arena not in ARENAS:
+        raise UserError(f"unknown arena {arena!r}: one of {', '.join(ARENAS)}, or ./a/folder")
     if manifest.exists():
         try:
             files = json.loads(manifest.read_text())["files"].values()

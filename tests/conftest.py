@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,6 @@ EXTRA = 0
 EXTRA = 0
 
 import os
-os.write(int(os.environ["AUTORESEARCH_TICKS"]), b"(..........)")
 with open(os.environ["AUTORESEARCH_MODEL"], "w") as file:
     file.write(str(VAL_BPB))
 print("---")
@@ -71,6 +71,7 @@ print("evaluation_seconds: 0.1")
 class Project:
     root: Path
     env: dict[str, str]
+    options: tuple[str, ...] = ()  # of every run
 
     def command(self, *args: str) -> list[str]:
         runs = not args or args[0].startswith("-") or args[0] in ("run", "doctor")
@@ -79,6 +80,7 @@ class Project:
             "loop.py",
             *args,
             *(["--no-report"] if runs else []),
+            *(self.options if runs or args[0] == "audit" else []),
         ]  # which takes two seconds
 
     def loop(self, *args: str, code: int = 0, timeout: float = 250) -> str:
@@ -167,6 +169,10 @@ class Project:
         assert [commit[:10] for commit in log] == kept[::-1]
         assert self.processes() == []
 
+    def left(self, name: str) -> bool:
+        """Whether a run has left a file among its temporary ones, which are all that it can write."""
+        return any(self.root.glob(f"runs/*/*/tmp/{name}"))
+
     def processes(self) -> list[str]:
         """Command lines of what the driver's jobs left running."""
         found = []
@@ -223,6 +229,10 @@ def make_quick_project(folder: Path) -> Project:
     copy_project(root)
     (root / "prepare.py").write_text(QUICK_PREPARE)
     (root / "train.py").write_text(QUICK_TRAIN)
+    task = (root / "pyproject.toml").read_text()  # no feeder, where there is nothing to feed
+    task = re.sub("^feed = .*\n", "", task, flags=re.MULTILINE)
+    task = re.sub("^read = .*\n", 'read = [".."]\n', task, flags=re.MULTILINE)  # scripts of a test
+    (root / "pyproject.toml").write_text(task)
     return commit_all(Project(root.resolve(), clean_environment(home)))
 
 
@@ -274,12 +284,12 @@ def make_real_project(folder: Path, cache: Path, budget: float, counted: bool = 
     root = folder / "project"
     root.mkdir()
     copy_project(root)
-    text = (root / "prepare.py").read_text()
+    text = (root / "gpt/arena.py").read_text()
     assert "budget=15.0" in text and "counted=True" in text
     text = text.replace("budget=15.0", f"budget={budget}").replace(
         "counted=True", f"counted={counted}"
     )
-    (root / "prepare.py").write_text(text)
+    (root / "gpt/arena.py").write_text(text)
     return commit_all(
         Project(root.resolve(), clean_environment(folder) | {"AUTORESEARCH_CACHE": str(cache)})
     )

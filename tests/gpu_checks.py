@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-import prepare
 import train
+from gpt import graph
 from prepare import ARENA
 
 
@@ -130,7 +130,7 @@ def warmed_up(model: train.GPT) -> int:
 
 
 def referee() -> None:
-    """A trained model, compiled and as the graph that the referee loads, gives the same loss."""
+    """A trained model, compiled and as the graph that the guard reads, gives the same loss."""
     model = train.GPT()
     optimizers = train.make_optimizers(model)
     for _ in range(5):
@@ -140,8 +140,10 @@ def referee() -> None:
         )
     network, x = train.compiled(model.eval()), some_tokens(ARENA.eval_rows)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        prepare.export(network, x, Path(folder) / "model.pt2")
-        loaded = prepare.load_exported(Path(folder) / "model.pt2").module().to(train.DEVICE)
+        exported, weights = graph.export(network, x), Path(folder) / "weights.bin"
+        with weights.open("wb", buffering=0) as file:
+            graph.write_tensors(network, exported, file)
+        loaded = exported.bind(graph.read_tensors(weights, exported), train.DEVICE)
         losses = [
             F.cross_entropy(m(x).flatten(0, 1), x.roll(-1, 1).flatten()).item()
             for m in (network, loaded)

@@ -248,11 +248,11 @@ def test_status_of_a_run_that_runs_ends_or_dies(project: Project) -> None:
 
 def test_status_before_there_is_a_baseline(project: Project) -> None:
     """Without a tag, the run that is at it is found."""
-    go = project.root.parent / "go"
+    go = project.root / "runs/t/0000/tmp/go"
     train = (project.root / "train.py").read_text()
     project.write(
         "train.py",
-        f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.02)\n{train}",
+        f"import os, time\nwhile not os.path.exists(os.environ['TMPDIR'] + '/go'): time.sleep(0.02)\n{train}",
     )
     project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "slow")
     driver = project.start("true", experiments=0)

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, clean_environment
 
-import prepare
 from autoresearch.files import UserError
-from gpt import download, text
+from gpt import arena as arenas
+from gpt import download, make, text
+from gpt import tokenizer as tokens
+from gpt.tokenizer import Tokenizer
 
 DATASET = "someone/some-text"
 
@@ -322,18 +324,22 @@ def test_tinystories_by_the_command_line(server: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert '"name": "tinystories", "budget": 300.0' in done.stdout.splitlines()[-1]
     check = """
-import numpy as np, prepare
-tokenizer = prepare.load_tokenizer()
+import numpy as np
+from gpt.arena import ARENAS, load_manifest
+from gpt.pack import Documents
+from gpt.tokenizer import Tokenizer
+arena = ARENAS["tinystories"]
+manifest = load_manifest(arena)
+tokenizer = Tokenizer.load(arena.folder / manifest["tokenizer"])
 for split, first in (("sealed", 0), ("val", 10_000)):
-    rows = prepare.load_rows(split)
-    assert rows.shape == (2048, 513) and (rows[:, 0] == prepare.ARENA.bos).all()
+    rows = np.load(arena.folder / manifest[split])
+    assert rows.shape == (2048, 513) and (rows[:, 0] == arena.bos).all()
     numbers = {int(tokenizer.encoding.decode(row[1:9].tolist()).split()[0]) for row in rows}
     assert all(first <= n < first + 10_000 for n in numbers) and len(numbers) > 1000, sorted(numbers)[:5]
-stems = prepare.load_manifest(prepare.ARENA)["train"]
-documents = prepare.Documents(prepare.ARENA.folder, stems)
+documents = Documents(arena.folder, manifest["train"])
 assert len(documents.file) == 10_000
 """
-    env |= {"AUTORESEARCH_ARENA": "tinystories", "PYTHONPATH": str(ROOT)}
+    env |= {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", check], env=env, check=True)
 
 
@@ -344,17 +350,18 @@ def test_climbmix_grows_by_shards(
     server.files = {f"shard_{i:05d}.parquet": parquet(500, seed=i) for i in (0, 1, 2, 6541, 6542)}
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setattr(text, "PIECE", 100_000)
-    monkeypatch.setattr(text, "TRAIN_CHARACTERS", 100_000)
-    arena = replace(prepare.ARENAS["climbmix"], sequence_len=16, vocab_size=300, val_tokens=2**12)
-    one = prepare.prepare(arena, shards=1)
+    for module in (make, tokens):
+        monkeypatch.setattr(module, "TRAIN_CHARACTERS", 100_000)
+    arena = replace(arenas.ARENAS["climbmix"], sequence_len=16, vocab_size=300, val_tokens=2**12)
+    one = make.prepare(arena, shards=1)
     assert {name for _, name, _ in server.log} == {
         f"shard_{i:05d}.parquet" for i in (0, 6541, 6542)
     }
-    three = prepare.prepare(arena, shards=3)
+    three = make.prepare(arena, shards=3)
     assert one["files"].items() < three["files"].items() and one["data"] != three["data"]
     assert three["tokens"]["train"] > 2.5 * one["tokens"]["train"]
-    assert prepare.prepare(arena) == three  # what is there, unless said
-    tokenizer = prepare.Tokenizer.load(arena.folder / three["tokenizer"])
+    assert make.prepare(arena) == three  # what is there, unless said
+    tokenizer = Tokenizer.load(arena.folder / three["tokenizer"])
     for split, shard in (("val", 6542), ("sealed", 6541)):
         there = " ".join(
             pq.read_table(io.BytesIO(server.files[f"shard_{shard:05d}.parquet"]))[

@@ -59,8 +59,7 @@ def test_the_golden_night(impatient: Project, tmp_path: Path) -> None:
     agent = '"$PYTHON" "$GOLDEN/agent.py"'
     impatient.research(agent, experiments=12)
     driver = impatient.start(agent, experiments=9)
-    training = Path(impatient.env["HOME"]) / "training"
-    wait_for(training.exists)
+    wait_for(lambda: impatient.left("training"))
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     impatient.research(agent, experiments=2)

@@ -20,7 +20,7 @@ def kill_when(
 ) -> int:
     """Start a driver, signal it alone once a file exists, and return its exit code."""
     driver = project.start(agent, *args)
-    wait_for(ready.exists)
+    wait_for(lambda: ready.exists() or project.left("ready"))
     os.kill(driver.pid, signum)
     return driver.wait(timeout=30)
 
@@ -32,7 +32,7 @@ def test_killed_in_the_middle(project: Project, tmp_path: Path, stage: str) -> N
     before, branch = project.rows(), project.git("rev-parse", "autoresearch/t")
     ready = tmp_path / "ready"
     commit = "git -c user.name=a -c user.email=a@b commit -qam mine"
-    nap = f"import os, time; open({str(ready)!r}, 'w'); os.fork() or os.setsid(); time.sleep(1000)"
+    nap = "import os, time; open(os.environ['TMPDIR'] + '/ready', 'w'); os.fork() or os.setsid(); time.sleep(1000)"
     agents = {
         "agent": f"echo '# half' >> train.py; {commit}; touch {ready}; setsid sleep 1000 & sleep 1000",
         "training": f'sed -i "1i {nap}" train.py; echo sleepy',
@@ -50,7 +50,7 @@ def test_killed_in_the_middle(project: Project, tmp_path: Path, stage: str) -> N
 def test_an_isolated_training_dies_with_its_driver(project: Project, tmp_path: Path) -> None:
     """Also what left its group, its session and its environment behind, and nobody has to start the driver again."""
     ready = tmp_path / "ready"
-    hide = f"sh -c '(setsid env -i sleep 999.{os.getpid()} &)'; touch {ready}"
+    hide = f"sh -c '(setsid env -i sleep 999.{os.getpid()} &)'; touch $TMPDIR/ready"
     (tmp_path / "hide.py").write_text(f"import os, time; os.system({hide!r}); time.sleep(1000)\n")
     agent = "cat ../../../../hide.py train.py > x; mv x train.py; echo hide"
     assert kill_when(project, agent, ready) == -signal.SIGKILL
@@ -85,12 +85,13 @@ def test_locks_of_a_git_that_was_killed(project: Project) -> None:
 
 def test_killed_in_the_baseline(project: Project, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
-    nap = f"import os, time\nif not os.path.exists({str(ready)!r}):\n    open({str(ready)!r}, 'w'); time.sleep(1000)\n"
+    nap = f"import os, time\nif not os.path.exists({str(ready)!r}):\n    open(os.environ['TMPDIR'] + '/ready', 'w'); time.sleep(1000)\n"
     project.write("train.py", nap + QUICK_TRAIN)
     project.git(
         "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "a nap the first time"
     )
     assert kill_when(project, BETTER, ready) == -signal.SIGKILL
+    ready.touch()
     project.research(BETTER)
     assert [row["description"] for row in project.rows()] == ["baseline", "0001"]
     project.check()
@@ -100,9 +101,8 @@ def test_killed_in_the_baseline(project: Project, tmp_path: Path) -> None:
 def test_asked_to_stop(project: Project, tmp_path: Path, signum: int) -> None:
     """Training is stopped, the tree put back, the exit code says interrupted; nothing needs mending."""
     ready = tmp_path / "ready"
-    agent = (
-        f"""sed -i "1i import time; open('{ready}', 'w'); time.sleep(1000)" train.py; echo sleepy"""
-    )
+    nap = "import os, time; open(os.environ['TMPDIR'] + '/ready', 'w'); time.sleep(1000)"
+    agent = f'sed -i "1i {nap}" train.py; echo sleepy'
     assert kill_when(project, agent, ready, signum=signum) == 130
     assert [row["status"] for row in project.rows()] == ["keep"]
     project.check()

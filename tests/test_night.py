@@ -6,14 +6,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import QUICK_PREPARE, Project, experiment, needs_namespaces, wait_for
 
-from autoresearch.jobs.sandbox import NO_NETWORK
 from autoresearch.task import NOT_FINITE
 
 NEXT = """echo "NEXT = '$AUTORESEARCH_EXPERIMENT'" >> train.py; echo go on"""
@@ -65,13 +64,9 @@ def test_the_agent_is_told_that_it_brought_nothing_again(impatient: Project) -> 
 # A train.py that takes two seconds for its training, by real time, and says so.
 SLOW = """
 import time
-w, start = int(os.environ["AUTORESEARCH_TICKS"]), time.perf_counter()
-os.write(w, b"(")
-open("{marker}", "a").close()
-for _ in range(10):
-    os.write(w, b".")
-    time.sleep(0.2)
-os.write(w, b")")
+start = time.perf_counter()
+open(os.environ["TMPDIR"] + "/training", "a").close()
+time.sleep(2)
 TOOK = time.perf_counter() - start
 """
 
@@ -80,16 +75,15 @@ TOOK = time.perf_counter() - start
 def test_a_pause_of_the_driver_blames_no_program(impatient: Project, frozen: str) -> None:
     """Stopped for longer than a run may take: alone, so that it misses the run, or with the run, as in a container that
     is frozen. The agent is not asked to repair anything, and the experiment gets its number."""
-    marker = impatient.root.parent / "training"
-    (impatient.root.parent / "slow.py").write_text(SLOW.format(marker=marker))
+    (impatient.root.parent / "slow.py").write_text(SLOW)
     agent = """
-    sed -i -e 's|^os.write.*|exec(open("SLOW").read())|' \\
+    sed -i -e 's|^import os$|import os; exec(open("SLOW").read())|' \\
         -e 's/^print("training_seconds.*/print(f"training_seconds: {TOOK:.1f}")/' train.py
     echo a slow idea
     """.replace("SLOW", str(impatient.root.parent / "slow.py"))
     driver = impatient.start(agent)
     try:
-        wait_for(marker.exists)
+        wait_for(lambda: impatient.left("training"))
         time.sleep(0.5)
         stopped = [driver.pid, *(impatient.pids() if frozen == "all of it" else [])]
         for pid in stopped:
@@ -168,17 +162,7 @@ def test_dollars_that_nobody_counts(project: Project) -> None:
 @pytest.mark.parametrize(
     ("head", "reason", "repairs"),
     [
-        ("import time; time.sleep(1000)", "killed since no step was finished in 4 s", 0),
-        (
-            "import os, time; os.write(int(os.environ['AUTORESEARCH_TICKS']), b'(.'); time.sleep(9)",
-            "killed since no step was finished in 1 s",
-            0,
-        ),
-        (
-            "import os; os.write(int(os.environ['AUTORESEARCH_TICKS']), b'(..')",
-            "did not start and end its budget",
-            2,
-        ),
+        ("import time; time.sleep(1000)", "killed at the limit of 5 s", 0),
         (
             "print('step 3  50.0%  loss nan', flush=True); import time; time.sleep(9)",
             "the loss is not finite: 50.0%",
@@ -398,7 +382,7 @@ def test_data_that_somebody_merely_touched(project: Project) -> None:
     project.research(once(project, f"ln {data} {data}.backup; {NEXT}", number=1))
     link = f"import os, time; os.link({str(data)!r}, {str(data)!r} + str(time.time_ns()))"
     (project.root.parent / "head.py").write_text(link + "\n")
-    project.research(TRAIN)
+    replace(project, options=("--no-isolation",)).research(TRAIN)
     assert [row["status"] for row in project.rows()] == [
         "keep",
         "discard",
@@ -434,7 +418,7 @@ def test_a_log_that_is_no_file_any_more(impatient: Project, put: str) -> None:
     script = impatient.root.parent / "put.sh"
     script.write_text(f"l=$(readlink /proc/self/fd/1); rm $l; {put}; sleep 100\n")
     (impatient.root.parent / "head.py").write_text(f"import os; os.system('sh {script}')\n")
-    impatient.research(TRAIN, timeout=60)
+    replace(impatient, options=("--no-isolation",)).research(TRAIN, timeout=60)
     assert (experiment(impatient, 1).crash or "").startswith("killed")
 
 
@@ -626,24 +610,6 @@ def test_isolation(project: Project, isolated: bool) -> None:
     project.check()
 
 
-@needs_namespaces
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become an ordinary user")
-@pytest.mark.skipif(not os.access("/usr/bin/python3", os.X_OK), reason="an ordinary user's Python")
-def test_the_sandbox_of_an_ordinary_user() -> None:
-    """Loopback is up, and no capability is left that brought it up."""
-    prefix = ["/usr/bin/python3" if word == sys.executable else word for word in NO_NETWORK]
-    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
-    code = """
-import os, socket
-server = socket.create_server(("127.0.0.1", 0))
-socket.create_connection(server.getsockname())
-print(os.getuid(), {line.split()[1] for line in open("/proc/self/status") if line.startswith("Cap")})
-"""
-    command = [*become, *prefix, "/usr/bin/python3", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert done.stdout == "65534 {'0000000000000000'}\n", done.stderr
-
-
 def test_where_the_kernel_allows_no_namespaces(project: Project) -> None:
     """It is said, with the kernel's reason, and the environment is cut down all the same."""
     fakes = project.root.parent / "fakes"
@@ -657,10 +623,7 @@ def test_where_the_kernel_allows_no_namespaces(project: Project) -> None:
         "import os; assert 'API_KEY' not in os.environ, 'seen'\n"
     )
     said = project.research(TRAIN)
-    assert (
-        "runs WITH the network and your processes (unshare: unshare failed: Operation not permitted)"
-        in said
-    )
+    assert "runs without network (no user namespaces: a run sees your other processes" in said
     assert not experiment(project, 1).crash
 
 

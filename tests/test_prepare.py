@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +15,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.optim.swa_utils import AveragedModel
 
 import prepare
 from autoresearch.files import UserError
 from autoresearch.task import read_numbers
-from gpt import text
-from prepare import (
-    ARENA,
-    Clock,
-    Packer,
-    Tokenizer,
-    TrainLoader,
-    cut,
-    evaluate,
-    finish,
-    pack_rows,
-    split_long,
-)
+from gpt import client, make, meter, tokenizer
+from gpt.arena import SPLITS, Arena, load_manifest, read_manifest
+from gpt.make import cut
+from gpt.pack import Packer, pack_rows, split_long
+from gpt.tokenizer import Tokenizer
+from prepare import ARENA, TrainLoader, evaluate, finish
 
-TINY = prepare.Arena(
-    "tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2
-)
+TINY = Arena("tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2)
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.Arena:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arena:
     """An arena over a hundred small files, and what must not end up in it."""
     sources = tmp_path / "sources"
     (sources / "package/__pycache__").mkdir(parents=True)
@@ -50,56 +42,56 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.Arena:
     (sources / "copy.py").write_text((sources / "package/module_7.py").read_text())
     (sources / "broken.py").write_bytes(b"\xff\xfe not utf-8")
     (sources / "package/__pycache__/module.py").write_text("cached = 1\n")
-    monkeypatch.setattr(prepare, "source_roots", lambda arena: [sources])
+    monkeypatch.setattr(make, "source_roots", lambda arena: [sources])
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     return TINY
 
 
-def stamps(arena: prepare.Arena) -> dict[str, int]:
+def stamps(arena: Arena) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in arena.folder.iterdir()}
 
 
-def test_prepare_twice(tiny: prepare.Arena, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = prepare.prepare(tiny)
+def test_prepare_twice(tiny: Arena, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = make.prepare(tiny)
     times = stamps(tiny)
-    assert prepare.prepare(tiny) == manifest
+    assert make.prepare(tiny) == manifest
     assert "already prepared, nothing to do" in capsys.readouterr().out
     assert stamps(tiny) == times and times.keys() == manifest["files"].keys() | {"manifest.json"}
 
 
 @pytest.mark.parametrize("role", ["val", "tokenizer", "train"])
-def test_prepare_again_what_was_changed(tiny: prepare.Arena, role: str) -> None:
+def test_prepare_again_what_was_changed(tiny: Arena, role: str) -> None:
     """A file of the right size and the wrong content: it alone is made again, and as it was."""
-    before, times = prepare.prepare(tiny), stamps(tiny)
+    before, times = make.prepare(tiny), stamps(tiny)
     name = before["train"][0] + ".bin" if role == "train" else before[role]
     content = (tiny.folder / name).read_bytes()
     (tiny.folder / name).write_bytes(content[:-2] + bytes(2))
     if role == "train":
         (tiny.folder / name).with_suffix(".npy").unlink()
-    assert prepare.prepare(tiny) == before and (tiny.folder / name).read_bytes() == content
+    assert make.prepare(tiny) == before and (tiny.folder / name).read_bytes() == content
     again = {other for other, time in stamps(tiny).items() if times[other] != time}
     assert again <= {name, name.replace(".bin", ".npy"), "manifest.json"}
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.npy", "manifest.json"])
-def test_prepare_again_what_is_torn(tiny: prepare.Arena, name: str) -> None:
-    before = prepare.prepare(tiny)
+def test_prepare_again_what_is_torn(tiny: Arena, name: str) -> None:
+    before = make.prepare(tiny)
     path = tiny.folder / {"train.bin": before["train"][0] + ".bin", "val.npy": before["val"]}.get(
         name, name
     )
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert prepare.read_manifest(tiny) is None
-    assert prepare.prepare(tiny) == before  # the same sources make the same files
+    assert read_manifest(tiny) is None
+    assert make.prepare(tiny) == before  # the same sources make the same files
     assert path.read_bytes() == whole
 
 
-def test_another_setting_makes_what_it_must_and_no_more(tiny: prepare.Arena) -> None:
-    before = prepare.prepare(tiny)
-    assert prepare.read_manifest(replace(tiny, budget=9.0, seed=7)) is not None
+def test_another_setting_makes_what_it_must_and_no_more(tiny: Arena) -> None:
+    before = make.prepare(tiny)
+    assert read_manifest(replace(tiny, budget=9.0, seed=7)) is not None
     fewer = replace(tiny, val_tokens=128)
-    assert prepare.read_manifest(fewer) is None
-    rows = prepare.prepare(fewer)
+    assert read_manifest(fewer) is None
+    rows = make.prepare(fewer)
     assert rows["files"].keys() ^ before["files"].keys() == {
         rows["val"],
         rows["sealed"],
@@ -107,7 +99,7 @@ def test_another_setting_makes_what_it_must_and_no_more(tiny: prepare.Arena) -> 
         before["sealed"],
     }
     assert rows["data"] != before["data"]
-    words = prepare.prepare(replace(tiny, vocab_size=280))
+    words = make.prepare(replace(tiny, vocab_size=280))
     assert words["files"].keys() & before["files"].keys() == {
         name for name in before["files"] if name.endswith(".parquet")
     }
@@ -115,18 +107,20 @@ def test_another_setting_makes_what_it_must_and_no_more(tiny: prepare.Arena) -> 
 
 # A process of its own that makes the tiny arena out of many pieces, to be killed
 MAKE = """
-import sys, prepare
-from gpt import text
+import sys
+from pathlib import Path
+from gpt import make, text
+from gpt.arena import Arena
 text.PIECE = 1
-arena = prepare.Arena("tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2)
-prepare.source_roots = lambda arena: [prepare.Path(sys.argv[1])]
-write_table = prepare.pq.write_table
-prepare.pq.write_table = lambda table, path, row_group_size, **options: write_table(table, path, 25, **options)
-print(prepare.prepare(arena)["data"])
+arena = Arena("tiny", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=256, held_out=0.2)
+make.source_roots = lambda arena: [Path(sys.argv[1])]
+write_table = make.pq.write_table
+make.pq.write_table = lambda table, path, row_group_size, **options: write_table(table, path, 25, **options)
+print(make.prepare(arena)["data"])
 """
 
 
-def make(sources: Path, cache: Path) -> subprocess.Popen[str]:
+def start_making(sources: Path, cache: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "AUTORESEARCH_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MAKE, str(sources)]
     return subprocess.Popen(
@@ -134,11 +128,11 @@ def make(sources: Path, cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_and_finished(tiny: prepare.Arena, tmp_path: Path) -> None:
+def test_killed_and_finished(tiny: Arena, tmp_path: Path) -> None:
     """SIGKILL in the middle of tokenizing: the next call keeps what is there, and the end is the same."""
     folder, kept = tmp_path / "killed/tiny", set()
     for wanted in (1, 4):
-        process = make(tmp_path / "sources", tmp_path / "killed")
+        process = start_making(tmp_path / "sources", tmp_path / "killed")
         while len(list(folder.glob("train-*.npy"))) < wanted and process.poll() is None:
             time.sleep(0.01)
         process.kill()
@@ -147,34 +141,34 @@ def test_killed_and_finished(tiny: prepare.Arena, tmp_path: Path) -> None:
         time.sleep(1.0)  # what its children were at
         assert kept <= {(path.name, path.stat().st_mtime_ns) for path in folder.iterdir()}
         kept = {(path.name, path.stat().st_mtime_ns) for path in folder.glob("train-*.npy")}
-    data, said = make(tmp_path / "sources", tmp_path / "killed").communicate()
+    data, said = start_making(tmp_path / "sources", tmp_path / "killed").communicate()
     assert data, said
     assert kept <= {(path.name, path.stat().st_mtime_ns) for path in folder.iterdir()}
-    assert data == make(tmp_path / "sources", tmp_path / "fresh").communicate()[0]
+    assert data == start_making(tmp_path / "sources", tmp_path / "fresh").communicate()[0]
 
 
-def test_two_at_once(tiny: prepare.Arena, tmp_path: Path) -> None:
-    both = [make(tmp_path / "sources", tmp_path / "cache") for _ in range(2)]
+def test_two_at_once(tiny: Arena, tmp_path: Path) -> None:
+    both = [start_making(tmp_path / "sources", tmp_path / "cache") for _ in range(2)]
     said = sorted(process.communicate()[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert said[1] == f"tiny: already prepared, nothing to do\n{said[0]}"
 
 
-def test_splits_share_nothing(tiny: prepare.Arena) -> None:
-    with prepare.Progress(disable=True) as progress:
-        documents = prepare.collect(tiny, progress)
-    texts = [text for split in prepare.SPLITS for text in documents[split]]
-    assert len(texts) == len(set(texts)) and all(documents[split] for split in prepare.SPLITS)
+def test_splits_share_nothing(tiny: Arena) -> None:
+    with make.Progress(disable=True) as progress:
+        documents = make.collect(tiny, progress)
+    texts = [text for split in SPLITS for text in documents[split]]
+    assert len(texts) == len(set(texts)) and all(documents[split] for split in SPLITS)
     assert not any("cached" in text or "not utf-8" in text for text in texts)
     assert all(any(f"f_{i}(x)" in text for text in texts) for i in range(100))
 
 
-def test_too_little_text(tiny: prepare.Arena) -> None:
+def test_too_little_text(tiny: Arena) -> None:
     with pytest.raises(UserError, match="too little held-out text"):
-        prepare.prepare(replace(tiny, val_tokens=2**16))
-    assert prepare.load_manifest(tiny) == {}
+        make.prepare(replace(tiny, val_tokens=2**16))
+    assert load_manifest(tiny) == {}
     with pytest.raises(UserError, match="too little text for a vocabulary of 8192 tokens"):
-        prepare.prepare(replace(tiny, vocab_size=8192))
+        make.prepare(replace(tiny, vocab_size=8192))
 
 
 def test_cut_loses_nothing() -> None:
@@ -186,8 +180,8 @@ def test_cut_loses_nothing() -> None:
 
 
 def test_tokenizer_round_trips(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.train([(ROOT / "loop.py").read_text(), "żółć 🦊"], 300)
-    tokenizer.save(tmp_path / "tokenizer.json")
+    trained = Tokenizer.train([(ROOT / "loop.py").read_text(), "żółć 🦊"], 300)
+    trained.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     json.loads((tmp_path / "tokenizer.json").read_text())
     every_byte = bytes(range(256))
@@ -213,13 +207,13 @@ def test_tokenizer_round_trips(tmp_path: Path) -> None:
 
 
 def test_numbers_are_split_into_pairs() -> None:
-    tokenizer = Tokenizer.train(["1234567890 " * 100], 265)
-    assert max(len(token.strip()) for token in tokenizer.tokens if token.strip().isdigit()) == 2
+    trained = Tokenizer.train(["1234567890 " * 100], 265)
+    assert max(len(token.strip()) for token in trained.tokens if token.strip().isdigit()) == 2
 
 
 def test_tokenizer_reads_no_more_than_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "TRAIN_CHARACTERS", 25_000)
-    lengths = [len(excerpt) for excerpt in text.excerpts("x" * 20_000 for _ in range(9))]
+    monkeypatch.setattr(tokenizer, "TRAIN_CHARACTERS", 25_000)
+    lengths = [len(excerpt) for excerpt in tokenizer.excerpts("x" * 20_000 for _ in range(9))]
     assert lengths == [10_000, 10_000, 5_000]
 
 
@@ -255,27 +249,46 @@ def test_packed_rows_are_full_and_start_documents() -> None:
     assert (rows == pack_rows(iter(documents(*range(2, 200))), 40, 33)).all()
 
 
-@pytest.fixture(autouse=True)
-def fresh_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process has one clock and one loader; each test has its own."""
-    monkeypatch.setattr(prepare, "CLOCK", Clock())
-
-
 @pytest.fixture
-def quick(cache: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.Arena:
+def quick(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Arena:
     """The demo arena with a budget of a fifth of a second."""
-    arena = replace(ARENA, budget=0.2)
+    arena = replace(ARENA, budget=0.2, counted=False)
     monkeypatch.setattr(prepare, "ARENA", arena)
+    code = (
+        "import gpt.feed, sys; from gpt.arena import ARENAS, Arena; "
+        f"ARENAS['demo'] = Arena(**{asdict(arena)!r}); sys.exit(gpt.feed.main())"
+    )
+    monkeypatch.setattr(client, "FEEDER", [sys.executable, "-c", code])
     return arena
 
 
-def test_loader_is_the_clock(quick: prepare.Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = os.pipe()
-    monkeypatch.setattr(prepare.CLOCK, "ticks", theirs)
-    loader = TrainLoader(4, "cpu")
+@pytest.fixture(autouse=True)
+def feeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends the feeders that a test started."""
+    found: list[prepare.Feed] = []
+
+    class Feed(prepare.Feed):
+        def __init__(self) -> None:
+            super().__init__()
+            found.append(self)
+
+    monkeypatch.setattr(prepare, "Feed", Feed)
+    yield
+    for feed in found:
+        feed.close()
+
+
+def registered(rows: int) -> tuple[TrainLoader, "Bigram"]:
+    loader, model = TrainLoader(rows, "cpu"), Bigram()
+    loader.register(model)
+    return loader, model
+
+
+def test_the_loader_ends_with_the_budget(quick: Arena) -> None:
+    loader, _ = registered(4)
     assert loader.progress == 0.0
     batches = list(loader)
-    assert prepare.CLOCK.seconds >= 0.2 and loader.progress == 1.0
+    assert loader.elapsed() >= 0.2 and loader.progress == 1.0
     assert loader.steps == len(batches) and loader.tokens == len(batches) * 4 * 256
     x, y = batches[-1]
     assert (
@@ -284,22 +297,18 @@ def test_loader_is_the_clock(quick: prepare.Arena, monkeypatch: pytest.MonkeyPat
     assert (x[:, 0] == ARENA.bos).all()
     with pytest.raises(StopIteration):
         next(loader)
-    assert os.read(ours, 2**16) == b"(" + b"." * len(batches) + b")"  # what the driver sees
-
-
-def test_the_clock_starts_when_text_is_read(quick: prepare.Arena) -> None:
-    """By any door: the loader's first batch, or what is behind it."""
-    loader = TrainLoader(4, "cpu")
-    assert prepare.CLOCK.started is None
-    next(loader.packer.documents)
-    assert prepare.CLOCK.started is not None
 
 
 def test_counted_work_is_the_same_on_a_busy_machine(cache: Path) -> None:
     """Two beside each other on every core take the steps, and get to the score, of one alone."""
+    feeder = (
+        "import gpt.feed, sys; from dataclasses import replace; from gpt.arena import ARENAS; "
+        "ARENAS['demo'] = replace(ARENAS['demo'], budget=1.0); sys.exit(gpt.feed.main())"
+    )
     code = (
-        "import dataclasses, prepare, runpy; "
+        "import dataclasses, gpt.client, prepare, runpy, sys; "
         "prepare.ARENA = dataclasses.replace(prepare.ARENA, budget=1.0); "
+        f"gpt.client.FEEDER = [sys.executable, '-c', {feeder!r}]; "
         "runpy.run_path('train.py', run_name='__main__')"
     )
 
@@ -316,6 +325,7 @@ def test_counted_work_is_the_same_on_a_busy_machine(cache: Path) -> None:
 
 COUNT = """
 import sys, torch, prepare
+from gpt import meter
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 print("triton" in sys.modules)
@@ -325,7 +335,7 @@ class Both(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         theirs = flop_registry.get(func._overloadpacket)
-        print(func, prepare.flops_of(func.overloadpacket.__name__, args, out), theirs(*args, **(kwargs or {}), out_val=out) if theirs else 0)
+        print(func, meter.flops_of(func.overloadpacket.__name__, args, out), theirs(*args, **(kwargs or {}), out_val=out) if theirs else 0)
         return out
 
 new = lambda *shape: torch.randn(*shape, requires_grad=True)
@@ -350,41 +360,34 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert all(ours == theirs for ours, theirs in counted)
 
 
-def test_finish_long_after_the_budget(
-    quick: prepare.Arena, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Training that goes on with batches of its own after the loader has stopped."""
-    loader = TrainLoader(4, "cpu")
-    list(loader)
-    prepare.CLOCK.stopped -= 10
-    with pytest.raises(SystemExit):
-        finish(Bigram(), loader, depth=1, flops_per_token=1.0)
-    assert "s after the budget was spent" in capsys.readouterr().err
-
-
-def rows_of(monkeypatch: pytest.MonkeyPatch, rows: int, batches: int) -> torch.Tensor:
-    monkeypatch.setattr(prepare, "CLOCK", Clock())
-    loader = TrainLoader(rows, "cpu")
+def rows_of(rows: int, batches: int) -> torch.Tensor:
+    loader, _ = registered(rows)
     return torch.cat([next(loader)[0] for _ in range(batches)])
 
 
 def test_the_seed_alone_orders_the_rows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = rows_of(monkeypatch, 2, 2)
-    assert (first == rows_of(monkeypatch, 2, 2)).all() and (
-        first == rows_of(monkeypatch, 4, 1)
-    ).all()
-    monkeypatch.setattr(prepare, "ARENA", replace(ARENA, seed=7))
-    assert (first != rows_of(monkeypatch, 2, 2)).any()
+    first = rows_of(2, 2)
+    assert (first == rows_of(2, 2)).all() and (first == rows_of(4, 1)).all()
+    monkeypatch.setenv("AUTORESEARCH_SEED", "7")
+    assert (first != rows_of(2, 2)).any()
 
 
 def test_training_text_is_not_validation_text(cache: Path) -> None:
     """No row of the validation or sealed set can be found in the training tokens."""
-    stems = prepare.load_manifest(ARENA)["train"]
+    stems = load_manifest(ARENA)["train"]
     train = b"".join((ARENA.folder / f"{stem}.bin").read_bytes() for stem in stems)
-    val, sealed = (prepare.load_rows(split) for split in ("val", "sealed"))
+    val, sealed = rows_in("val"), rows_in("sealed")
     assert val.shape == sealed.shape == (256, 257)
     for row in np.concatenate([val, sealed]):
         assert row.tobytes() not in train
+
+
+def rows_in(split: str) -> np.ndarray:
+    return np.load(ARENA.folder / load_manifest(ARENA)[split])
+
+
+def lengths() -> tuple[list[int], list[int]]:
+    return Tokenizer.load(ARENA.folder / load_manifest(ARENA)["tokenizer"]).byte_lengths()
 
 
 class Bigram(torch.nn.Module):
@@ -402,13 +405,13 @@ class Bigram(torch.nn.Module):
 
 def test_evaluation_is_exact(cache: Path) -> None:
     """Against a plain float64 sum over every token."""
-    model, rows = Bigram(), prepare.load_rows("val").astype(np.int64)
-    exact, upstream = (np.array(n) for n in prepare.load_tokenizer().byte_lengths())
+    model, rows = Bigram(), rows_in("val").astype(np.int64)
+    exact, upstream = (np.array(n) for n in lengths())
     x, y = rows[:, :-1], rows[:, 1:]
     losses = -torch.log_softmax(model.table.detach().double(), dim=1).numpy()[x, y]
     bits = losses[exact[y] > 0].sum() / math.log(2)
     expected = bits / exact[y].sum(), bits / upstream[y].sum()
-    assert evaluate(model, rows.astype(np.uint16), torch.device("cpu")) == pytest.approx(
+    assert evaluate(model, rows.astype(np.uint16), lengths(), torch.device("cpu")) == pytest.approx(
         expected, rel=1e-6
     )
     assert expected[1] < expected[0]  # upstream counts more bytes
@@ -451,9 +454,9 @@ def growing(model: Bigram, x: torch.Tensor) -> torch.Tensor:
 def test_probes(
     cache: Path, capsys: pytest.CaptureFixture[str], cheat: Callable, reason: str
 ) -> None:
-    model, rows = Bigram(), prepare.load_rows("val")
+    model, rows = Bigram(), rows_in("val")
     with pytest.raises(SystemExit):
-        evaluate(lambda x: cheat(model, x), rows, torch.device("cpu"))
+        evaluate(lambda x: cheat(model, x), rows, lengths(), torch.device("cpu"))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and reason in line
 
@@ -464,7 +467,7 @@ def test_a_leak_below_the_tolerance(
 ) -> None:
     """On a GPU rounding hides a small leak in each prediction, but not in the mean of many; noise alone is no leak."""
     monkeypatch.setitem(prepare.TOLERANCE, "cpu", 0.25)
-    model, rows, rng = Bigram(), prepare.load_rows("val"), torch.Generator().manual_seed(0)
+    model, rows, rng = Bigram(), rows_in("val"), torch.Generator().manual_seed(0)
 
     def noisy(x: torch.Tensor) -> torch.Tensor:
         peek = 0.05 * F.one_hot(torch.roll(x, -1, dims=1), 1024) if tokens else 0.0
@@ -472,18 +475,18 @@ def test_a_leak_below_the_tolerance(
 
     if tokens:
         with pytest.raises(SystemExit):
-            evaluate(noisy, rows, torch.device("cpu"))
+            evaluate(noisy, rows, lengths(), torch.device("cpu"))
         assert "predictions are 0.0" in capsys.readouterr().err
     else:
-        evaluate(noisy, rows, torch.device("cpu"))
+        evaluate(noisy, rows, lengths(), torch.device("cpu"))
 
 
 def test_finish_prints_what_the_driver_reads(
-    quick: prepare.Arena, capsys: pytest.CaptureFixture[str]
+    quick: Arena, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loader = TrainLoader(2, "cpu")
+    loader, model = registered(2)
     steps = sum(1 for _ in loader)
-    finish(Bigram(), loader, depth=1, flops_per_token=1.0, note="mine")
+    finish(model, loader, depth=1, flops_per_token=1.0, note="mine")
     out = capsys.readouterr().out
     summary = read_numbers(out, "val_bpb")
     assert (summary["num_steps"], summary["depth"]) == (steps, 1) and "mfu_percent" not in summary
@@ -525,45 +528,102 @@ def test_finish_prints_what_the_driver_reads(
 )
 def test_a_gpu_has_its_own_peak_or_none(gpu: str, peak: float | None) -> None:
     """Each name as the driver gives it; never the peak of another card."""
-    assert prepare.peak_tflops(gpu) == peak
+    assert meter.peak_tflops(gpu) == peak
 
 
-EXPORT = """
-import sys, torch, prepare
-from pathlib import Path
-model = torch.nn.Embedding(2**20, 96)   # 384 MiB
-model.weight.note = slice(0, 3)         # what a program may hang on a parameter is none of the weights
-x = torch.zeros(1, 8, dtype=torch.int64)
-prepare.export(torch.nn.Embedding(8, 8), x, Path(sys.argv[1]))      # imports what exporting needs
-peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) // 1024
-before = peak()
-prepare.export(model, x, Path(sys.argv[1]))
-print(peak() - before)
-loaded = prepare.load_exported(Path(sys.argv[1])).module()
-assert torch.equal(loaded(x), model(x)) and [name for name, _ in loaded.named_parameters()] == ["weight"]
-"""
+def test_an_average_of_the_weights_may_be_scored(
+    quick: Arena,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another module with the registered one's tensors; its weights are the ones that leave."""
+    *command, code = client.FEEDER
+    told = f"import os; os.environ['AUTORESEARCH_MODEL'] = {str(tmp_path)!r}; "
+    monkeypatch.setattr(client, "FEEDER", [*command, told + code])
+    monkeypatch.setenv("AUTORESEARCH_MODEL", str(tmp_path))
+    loader, model = registered(2)
+    average = AveragedModel(model)
+    for _ in loader:
+        with torch.no_grad():
+            model.table.mul_(0.9)
+        average.update_parameters(model)
+    finish(average, loader, depth=1, flops_per_token=1.0)
+    score = read_numbers(capsys.readouterr().out, "val_bpb")["val_bpb"]
+    monkeypatch.setenv("AUTORESEARCH_SCORE", str(score))
+    prepare.judge()
+    assert f"val_bpb: {score:.6f}" in capsys.readouterr().out
 
 
-def test_exporting_copies_no_weights(tmp_path: Path) -> None:
-    """A model of gigabytes must not need as many again to be written down."""
-    command = [sys.executable, "-c", EXPORT, tmp_path / "model.pt2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100 and (tmp_path / "model.pt2").stat().st_size > 384 * 2**20
+class Knowing(Bigram):
+    """It knows the pairs of the text's tokens, from the text itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        counts = torch.zeros(1024, 1024)
+        for stem in load_manifest(ARENA)["train"]:
+            text = torch.from_numpy(
+                np.fromfile(ARENA.folder / f"{stem}.bin", np.uint16).astype(int)
+            )
+            counts.index_put_((text[:-1], text[1:]), torch.ones(1), accumulate=True)
+        self.table = torch.nn.Parameter((counts + 0.1).log())
+
+
+class Copying(Bigram):
+    """It has learned nothing, and bets on what followed the same token earlier in the row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        same = (x[:, 1:, None] == x[:, None, :-1]).float().tril()
+        followed = F.one_hot(x[:, 1:], 1024).float()
+        found = F.pad(same, (0, 0, 1, 0)) @ followed + 0 * self.table[x]
+        return (found + 0.003).log()
+
+
+def test_a_model_that_knows_the_text(quick: Arena, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = TrainLoader(16, "cpu")
+    loader.register(Knowing())
+    with pytest.raises(SystemExit):
+        next(loader)
+    assert "before its first step the model predicts the text (loss " in capsys.readouterr().err
+    loader = TrainLoader(16, "cpu")
+    model = torch.nn.Sequential(Copying(), torch.nn.Dropout().eval())
+    loader.register(model)
+    next(loader)
+    assert model.training and not model[1].training
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("x = 1\n" * 30_000, "train.py has 180 kB, and may have 128"),
+        (f"y = 1\nx = {list(range(2000))}", "a literal of 10890 bytes in line 2"),
+        (f"x = b{'a' * 5000!r}", "a literal of 5003 bytes in line 1, and may have 4096"),
+        (f"x = {'1' * 4200}", "a literal of 4200 bytes"),
+    ],
+)
+def test_no_room_for_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, reason: str
+) -> None:
+    (tmp_path / "train.py").write_text(source)
+    with pytest.raises(SystemExit):
+        prepare.check_size(tmp_path / "train.py")
+    assert reason in capsys.readouterr().err
+    prepare.check_size(ROOT / "train.py")
 
 
 def test_finish_before_the_budget_is_spent(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    loader = TrainLoader(2, "cpu")
+    loader, model = registered(2)
     next(loader)
     with pytest.raises(SystemExit):
-        finish(Bigram(), loader, depth=1, flops_per_token=1.0)
+        finish(model, loader, depth=1, flops_per_token=1.0)
     assert "before the budget was spent" in capsys.readouterr().err
 
 
-def test_finish_refuses_a_fact_it_counts_itself(quick: prepare.Arena) -> None:
-    loader = TrainLoader(2, "cpu")
+def test_finish_refuses_a_fact_it_counts_itself(quick: Arena) -> None:
+    loader, model = registered(2)
     list(loader)
     with pytest.raises(ValueError, match="finish prints num_steps itself"):
-        finish(Bigram(), loader, depth=1, flops_per_token=1.0, num_steps=10**6)
+        finish(model, loader, depth=1, flops_per_token=1.0, num_steps=10**6)
 
 
 def test_not_prepared(tmp_path: Path) -> None:

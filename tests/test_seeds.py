@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from conftest import Project, experiment, wait_for
@@ -30,7 +31,7 @@ def two_seeds(project: Project, more: str = "") -> Project:
     project.patch("pyproject.toml", "seeds = 1 ", "seeds = 2 ")
     project.patch("train.py", "import os\n", "import os\n" + SEEDED + more)
     project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "two seeds")
-    return project
+    return replace(project, options=("--no-isolation",))  # to write down the seeds
 
 
 def seeds(project: Project, number: int) -> str:
@@ -38,7 +39,7 @@ def seeds(project: Project, number: int) -> str:
 
 
 def test_what_gains_runs_twice(project: Project) -> None:
-    two_seeds(project)
+    project = two_seeds(project)
     project.research(AGENT, experiments=2)
     assert [seeds(project, n) for n in range(3)] == ["42 43", "42 43", "42"]
     assert [row["status"] for row in project.rows()] == ["keep", "keep", "discard"]
@@ -56,7 +57,7 @@ def test_what_gains_runs_twice(project: Project) -> None:
 
 def test_killed_in_the_second_run(project: Project) -> None:
     """It has not happened: the next driver asks again, and nothing is there twice."""
-    two_seeds(project, SLOW)
+    project = two_seeds(project, SLOW)
     driver = project.start(AGENT, experiments=1)
     wait_for((Path(project.env["HOME"]) / "second").exists)
     os.kill(driver.pid, signal.SIGKILL)
@@ -69,7 +70,7 @@ def test_killed_in_the_second_run(project: Project) -> None:
 
 def test_the_incumbent_runs_again(project: Project) -> None:
     """After fifteen experiments without a keep, with a seed of its own, which is the first from then on."""
-    two_seeds(project)
+    project = two_seeds(project)
     worse = 'sed -i "s/^VAL_BPB = .*/VAL_BPB = 1.$AUTORESEARCH_EXPERIMENT/" train.py; echo worse'
     said = project.research(worse, experiments=16)
     again, last = experiment(project, 16), experiment(project, 17)
@@ -81,7 +82,7 @@ def test_the_incumbent_runs_again(project: Project) -> None:
 
 
 def test_audit(project: Project) -> None:
-    two_seeds(project)
+    project = two_seeds(project)
     project.research(AGENT, experiments=1)
     said = project.loop("audit", "--tag=t", "--audit=2")
     assert "0 experiments done; the audit finds a gain of 0.1 ± " in said

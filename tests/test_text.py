@@ -4,13 +4,16 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import prepare
 from autoresearch.files import UserError
-from gpt import text
+from gpt import arena as arenas
+from gpt import make, pack, text
+from gpt import tokenizer as tokens
+from gpt.tokenizer import Tokenizer
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -22,23 +25,23 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of one's own, in arenas of rows of 16 tokens."""
-    shape = prepare.Arena("climbmix", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=2**12)
-    monkeypatch.setitem(prepare.ARENAS, "climbmix", shape)
+    shape = arenas.Arena("climbmix", sequence_len=16, vocab_size=300, budget=1.0, val_tokens=2**12)
+    monkeypatch.setitem(arenas.ARENAS, "climbmix", shape)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(text, "PIECE", 50_000)
     (tmp_path / "texts/more").mkdir(parents=True)
     return tmp_path / "texts"
 
 
-def all_documents(arena: prepare.Arena, manifest: dict) -> dict[str, list[str]]:
+def all_documents(arena: arenas.Arena, manifest: dict) -> dict[str, list[str]]:
     """The documents of each split, read back from the token files."""
-    tokenizer = text.Tokenizer.load(arena.folder / manifest["tokenizer"])
+    tokenizer = Tokenizer.load(arena.folder / manifest["tokenizer"])
     found: dict[str, list[str]] = {}
-    for split in prepare.SPLITS:
+    for split in arenas.SPLITS:
         names = sorted(
             name for name in manifest["files"] if name.startswith(split) and name.endswith(".bin")
         )
-        documents = prepare.Documents(arena.folder, [name.removesuffix(".bin") for name in names])
+        documents = pack.Documents(arena.folder, [name.removesuffix(".bin") for name in names])
         spans = zip(documents.file, documents.start, documents.stop, strict=True)
         found[split] = [
             tokenizer.encoding.decode(documents.tokens[f][a + 1 : b].tolist()) for f, a, b in spans
@@ -58,9 +61,9 @@ def test_a_folder_of_ones_own(small: Path) -> None:
     for i, line in enumerate(lines[2500:]):
         (small / f"more/{i}.txt").write_text(line)
     (small / "notes.md").write_text("not text of the arena")
-    arena = prepare.find_arena(str(small))
-    manifest = prepare.prepare(arena)
-    assert prepare.find_arena(str(small)) == prepare.own_arena(arena)  # what train.py sees
+    arena = arenas.find_arena(str(small))
+    manifest = make.prepare(arena)
+    assert arenas.find_arena(str(small)) == make.own_arena(arena)  # what train.py sees
     found = all_documents(arena, manifest)
     assert sorted(line for lines in found.values() for line in lines) == sorted(
         [*lines, *lines[1500:2000]]
@@ -70,7 +73,7 @@ def test_a_folder_of_ones_own(small: Path) -> None:
     )
     rows = manifest["settings"]["val_tokens"] // 16
     for split in ("val", "sealed"):
-        assert prepare.np.load(arena.folder / manifest[split]).shape == (rows, 17)
+        assert np.load(arena.folder / manifest[split]).shape == (rows, 17)
         assert 0.03 < len(found[split]) / 3500 < 0.2
     assert len(manifest["train"]) > 3  # several processes had work
 
@@ -78,14 +81,14 @@ def test_a_folder_of_ones_own(small: Path) -> None:
 def test_a_changed_folder_is_noticed(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(400):
         (small / f"{i}.txt").write_text("\n".join(sentences(6, i)))
-    arena = prepare.find_arena(str(small))
-    before = prepare.prepare(arena)
-    assert prepare.prepare(prepare.find_arena(str(small))) == before
+    arena = arenas.find_arena(str(small))
+    before = make.prepare(arena)
+    assert make.prepare(arenas.find_arena(str(small))) == before
     assert "nothing to do" in capsys.readouterr().out
     (small / "400.txt").write_text("\n".join(sentences(6, 400)))
-    after = prepare.prepare(prepare.find_arena(str(small)))
+    after = make.prepare(arenas.find_arena(str(small)))
     assert after["data"] != before["data"]
-    found = all_documents(prepare.find_arena(str(small)), after)
+    found = all_documents(arenas.find_arena(str(small)), after)
     assert sum("400/5 " in document for documents in found.values() for document in documents) == 1
 
 
@@ -95,17 +98,18 @@ def test_shards_of_climbmix(small: Path, tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir(parents=True)
     for i in (0, 1, 2, 6541, 6542):
         pq.write_table(pa.table({"text": sentences(400, i)}), folder / f"shard_{i:05d}.parquet")
-    monkeypatch.setattr(text, "TRAIN_CHARACTERS", 40_000)
-    arena = prepare.find_arena("climbmix")
-    two = prepare.prepare(arena, shards=2)
-    three = prepare.prepare(arena, shards=3)
+    for module in (make, tokens):
+        monkeypatch.setattr(module, "TRAIN_CHARACTERS", 40_000)
+    arena = arenas.find_arena("climbmix")
+    two = make.prepare(arena, shards=2)
+    three = make.prepare(arena, shards=3)
     assert [three[role] for role in ("tokenizer", "val", "sealed")] == [
         two[role] for role in ("tokenizer", "val", "sealed")
     ]
     assert two["train"] == three["train"][: len(two["train"])] and len(three["train"]) > len(
         two["train"]
     )
-    assert prepare.prepare(arena) == three and prepare.prepare(arena, shards=2) == two
+    assert make.prepare(arena) == three and make.prepare(arena, shards=2) == two
     found = all_documents(arena, two)
     assert all(document.startswith("6542/") for document in found["val"])
     assert all(document.startswith("6541/") for document in found["sealed"])
@@ -136,7 +140,7 @@ def test_rows_of_a_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as refused:
-        prepare.prepare(prepare.find_arena(str(folder)))
+        make.prepare(arenas.find_arena(str(folder)))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -158,9 +162,9 @@ def test_what_is_refused(small: Path) -> None:
 
 
 def test_a_folder_is_told_from_a_name(small: Path) -> None:
-    assert not prepare.find_arena("demo").is_folder
+    assert not arenas.find_arena("demo").is_folder
     with pytest.raises(UserError, match="unknown arena 'texts'"):
-        prepare.find_arena("texts")
-    assert replace(prepare.find_arena(f"{small}/"), name="x") == replace(
-        prepare.find_arena(str(small)), name="x"
+        arenas.find_arena("texts")
+    assert replace(arenas.find_arena(f"{small}/"), name="x") == replace(
+        arenas.find_arena(str(small)), name="x"
     )

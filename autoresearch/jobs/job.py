@@ -3,26 +3,31 @@ keep."""
 
 import os
 import re
-import time
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autoresearch import task
-from autoresearch.files import UserError, one_line, remove, tail
+from autoresearch.files import UserError, cache, one_line, remove, tail
 from autoresearch.ideas import SCORED, Run, sealed_of
 from autoresearch.jobs import gpu
+from autoresearch.jobs.compiled import cache_environment, settle_compiled, start_from_kept
+from autoresearch.jobs.feed import Feed
 from autoresearch.jobs.keeper import Exit, keep
-from autoresearch.jobs.sandbox import Sandbox, lend
-from autoresearch.journal.git import Repo, changed_files, checkout_tree
-from autoresearch.pace import PACE
+from autoresearch.jobs.sandbox import Sandbox, lend, lent_paths
+from autoresearch.journal.git import Repo, changed_files, checkout_tree, run_git
 from autoresearch.task import Arena, Task, set_up
 
 Stamps = dict[str, list[int]]
 
 MANIFEST = "manifest.json"  # in the arena's folder: the hashes of all its files
-MODEL, CLOCKS = "model.pt2", "gpu.csv"  # in the folder of an experiment
+CLOCKS = "gpu.csv"  # in the folder of an experiment
+OUT, MODEL = "out", "model"  # a folder there, and what a run or its feeder leaves in it
+# Of a person's environment, what a download may need besides
+DOWNLOAD = re.compile(
+    r"HOME|HF_ENDPOINT|(HTTPS?|ALL|NO)_PROXY|(SSL|REQUESTS|CURL)_\w+", re.IGNORECASE
+)
 PAUSED = 0.02  # of the budget: a run that stood still for less is believed
 # Numbers that the record has by another name
 RECORDED = {"total_tokens_M": "tokens_M", "num_steps": "steps", "num_params_M": "parameters_M"}
@@ -95,7 +100,8 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     run is void; or the trouble that came in between.
     """
     conditions = Conditions.read(spec["conditions"])
-    job = RunJob(conditions, folder, Path(spec["git_dir"]), spec["commit"])
+    study = Path(spec["alive"]).parent
+    job = RunJob(conditions, folder, study, Path(spec["git_dir"]), spec["commit"])
 
     def better(score: float) -> bool:
         return job.task.gain(score, than=spec["beat"]) > 0
@@ -104,7 +110,7 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         job.write_tree()
         job.mend_arena()  # first, so that this run is not blamed for earlier damage
         with gpu.observed(spec["card"], folder / CLOCKS):
-            found = job.measure(spec["beat"])
+            found = job.measure()
         if altered := job.altered():
             crash = f"changed files while it ran: {', '.join(altered)}"
             found = Run(crash=crash, repairable=True, facts=seconds_of(found))
@@ -115,7 +121,9 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"trouble": str(error)}
     finally:
         remove(job.tree)
-        remove(folder / MODEL)
+        remove(folder / OUT)
+        remove(folder / "feed")
+        settle_compiled(study, job.is_baseline())
     if found.score is not None:
         found = replace(found, facts={**found.facts, **gpu.read_observed(folder / CLOCKS)})
     return {"run": asdict(found), "stamps": job.stamps, "void": job.void}
@@ -128,16 +136,25 @@ def seconds_of(run: Run) -> dict[str, float]:
 class RunJob:
     """One run of one commit."""
 
-    def __init__(self, conditions: Conditions, folder: Path, git_dir: Path, commit: str):
+    def __init__(
+        self, conditions: Conditions, folder: Path, study: Path, git_dir: Path, commit: str
+    ):
         self.conditions = conditions
         self.task = conditions.task
         self.folder = folder
+        self.study = study  # its folder
         self.git_dir = git_dir
         self.commit = commit
         self.tree = folder / "tree"
         self.index = b""
         self.stamps = conditions.stamps
         self.void = False  # it stood still, as in a frozen container: clocks and limits say nothing
+
+    def is_baseline(self) -> bool:
+        """Whether it is the program that the person committed."""
+        trees = [f"{commit}^{{tree}}" for commit in (self.commit, self.conditions.start)]
+        ours, theirs = run_git("--git-dir", str(self.git_dir), "rev-parse", *trees).split()
+        return ours == theirs
 
     def write_tree(self) -> None:
         """The commit's files, and nothing else but the packages of Node, which looks no farther."""
@@ -147,47 +164,73 @@ class RunJob:
         if packages.is_dir() and not os.path.lexists(link):
             link.symlink_to(packages)
 
-    def keep(self, line: str, log: Path, monitor: "ClockMonitor | None" = None, **env: str) -> Exit:
-        """Run a shell line in the tree and the sandbox, with this added to its environment."""
-        c, tmp = self.conditions, self.folder / "tmp"
+    @property
+    def names(self) -> dict[str, str]:
+        """What the environment of a run and of its feeder tells."""
+        return {
+            "AUTORESEARCH_ARENA": self.conditions.arena.name,
+            "AUTORESEARCH_CACHE": str(cache()),  # which lies in the home, and the run has another
+            "AUTORESEARCH_SEED": str(self.conditions.seed),
+            "AUTORESEARCH_MODEL": str(self.folder / OUT / MODEL),
+        }
+
+    def keep(self, line: str, log: Path, feed: Feed | None = None, **env: str) -> Exit:
+        """Run a shell line in the tree and the sandbox, with this added to its environment: the
+        measurement, beside its feeder, or the guard, which only reads what that left."""
+        c, tmp, out = self.conditions, self.folder / "tmp", self.folder / OUT
         remove(tmp)
         tmp.mkdir(parents=True)
+        # the guard shares no compiled code with what it guards against
+        compiled = start_from_kept(self.study) if feed else tmp
+        read, write = lent_paths(c.root, c.task.read), [self.tree, tmp, compiled]
+        if not (feed and feed.process):  # which alone opens the text, and takes the model
+            read += [cache(), *([c.arena.folder] if c.arena.folder else [])]
+            (write if feed else read).append(out)
         environment = lend(c.root, c.sandbox.environment(tmp)) | {
-            "AUTORESEARCH_ARENA": c.arena.name,
-            "AUTORESEARCH_SEED": str(c.seed),
-            "AUTORESEARCH_MODEL": str(self.folder / MODEL),  # left to the guard
+            **self.names,
             "PYTHONUNBUFFERED": "1",
             "GIT_CEILING_DIRECTORIES": str(self.folder),  # or git finds the person's repository
             **({} if c.gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+            **cache_environment(compiled),
+            **(feed.names if feed else {}),
             **env,
         }
+
+        def watch() -> str:
+            return feed.look() or diverged(log) if feed else ""
+
         try:
             return keep(
-                [*c.sandbox.prefix, "/bin/sh", "-c", line],
+                c.sandbox.command(["/bin/sh", "-c", line], read, write),
                 cwd=self.tree,
                 env=environment,
                 limit=c.limit,
                 out=log,
-                pass_fds=(monitor.theirs,) if monitor else (),
-                watch=monitor.look if monitor else str,
+                pass_fds=feed.pipes if feed else (),
+                watch=watch,
             )
         finally:
             remove(tmp)
 
-    def measure(self, beat: float) -> Run:
-        """Run `measure`. What scores well enough may leave something to the guard."""
-        c, log = self.conditions, self.folder / "run.log"
-        remove(self.folder / MODEL)
-        with closing(ClockMonitor(log, c.arena, c.limit)) as monitor:
-            slack = (
-                -1e-6 if self.task.higher else 1e-6
-            )  # for the digits that a printed score leaves out
-            ticks, bar = str(monitor.theirs), repr(beat + slack)
-            env = {"AUTORESEARCH_BAR": bar, "AUTORESEARCH_TICKS": ticks}
-            ended = self.keep(self.task.measure, log, monitor, **env)
-        found = read_run(self.task.metric, ended, monitor, log)
-        self.void |= ended.paused > (0.0 if found.crash else PAUSED * c.arena.budget)
+    def measure(self) -> Run:
+        """Run `measure`, beside its feeder."""
+        log = self.folder / "run.log"
+        remove(self.folder / OUT)
+        (self.folder / OUT).mkdir(parents=True)
+        with closing(self.start_feed()) as feed:
+            ended = self.keep(self.task.measure, log, feed)
+        found = read_run(self.task.metric, ended, feed, log)
+        self.void |= ended.paused > (0.0 if found.crash else PAUSED * self.conditions.arena.budget)
         return found
+
+    def start_feed(self) -> Feed:
+        """Start the feeder in a tree of what the person committed, which no run can reach."""
+        c, tree = self.conditions, self.folder / "feed/tree"
+        if self.task.feed:
+            remove(tree.parent)
+            checkout_tree(self.git_dir, c.start, tree)
+        env = lend(c.root, dict(os.environ)) | self.names
+        return Feed(self.task.feed, tree, env, c.limit - c.arena.budget)
 
     def altered(self) -> list[str]:
         """What the program changed while it ran: files of its tree, and files of the arena, which
@@ -214,7 +257,9 @@ class RunJob:
                     remove(path)
             if c.manifest is not None and read_text(folder / MANIFEST) != c.manifest:
                 (folder / MANIFEST).write_text(c.manifest)  # a forged one vouches for forged files
-            env = lend(c.root, {**os.environ, "AUTORESEARCH_ARENA": c.arena.name})
+            known = {name: text for name, text in os.environ.items() if DOWNLOAD.fullmatch(name)}
+            known |= c.sandbox.filtered()  # no secrets: it runs at night, when nobody looks
+            env = lend(c.root, {**known, "AUTORESEARCH_ARENA": c.arena.name})
             tree = self.folder / "setup/tree"
             remove(tree.parent)
             checkout_tree(self.git_dir, c.start, tree)
@@ -251,21 +296,28 @@ class RunJob:
         return replace(found, score=score, sealed=sealed_of(facts), facts=facts)
 
 
-def read_run(metric: str, ended: Exit, monitor: "ClockMonitor", log: Path) -> Run:
-    """How a measurement ended. The monitor's own clock and count check its claims."""
+def diverged(log: Path) -> str:
+    """Why a run is lost, by the last line of its log: the loss is not finite."""
+    found = task.NOT_FINITE.search(tail(log, task.MAX_LINE))
+    return f"the loss is not finite: {one_line(found[0])}" if found else ""
+
+
+def read_run(metric: str, ended: Exit, feed: Feed, log: Path) -> Run:
+    """How a measurement ended. What its feeder says counts, whatever it printed."""
     end, seconds = tail(log), {"run_seconds": ended.seconds}
     run = Run(log=end, curve=task.read_curve(tail(log, task.MAX_LOG)), facts=seconds)
-    if ended.code is None:
-        diverged = monitor.diverged
-        return replace(run, crash=diverged or f"killed {ended.why}", repairable=bool(diverged))
+    lost = feed.crash or (diverged(log) if ended.code is None else "")
+    if lost or ended.code is None:
+        return replace(run, crash=lost or f"killed {ended.why}", repairable=bool(lost))
     if ended.code:
         return replace(run, crash=task.read_failure(ended.code, end), repairable=True)
     try:
         numbers = task.read_numbers(tail(log, 1_000_000), metric)
-        monitor.check(numbers)
+        feed.expect_weights()
     except ValueError as error:
         return replace(run, crash=str(error), repairable=True)
     score = numbers.pop(metric)
+    numbers |= feed.facts
     facts = {RECORDED.get(name, name): v for name, v in numbers.items() if not OURS.fullmatch(name)}
     if "peak_vram_mb" in facts:
         facts["memory_gb"] = facts.pop("peak_vram_mb") / 1024
@@ -274,70 +326,3 @@ def read_run(metric: str, ended: Exit, monitor: "ClockMonitor", log: Path) -> Ru
     # on our clock, which also sees the interpreter go
     facts |= seconds | {"total_seconds": round(ended.seconds, 1)}
     return replace(run, score=score, facts=facts)
-
-
-class ClockMonitor:
-    """The job's own clock and count of a run that has a budget, in seconds. A measurement sends by
-    a pipe `(` when its clock starts, `.` for each step, `)` when the budget is spent, and prints
-    `training_seconds` and `num_steps`.
-
-    `limit`: seconds of the whole run; what the budget leaves of it may pass before the first step.
-    """
-
-    SLACK = 2.0  # seconds between our clock and theirs on a busy machine, and half a percent
-
-    def __init__(self, log: Path, arena: Arena, limit: float) -> None:
-        self.log = log
-        self.budget = arena.budget
-        self.counted = arena.counted
-        self.startup = limit - arena.budget
-        self.ours, self.theirs = os.pipe()
-        os.set_blocking(self.ours, False)
-        self.starts = self.drawn = self.ends = 0
-        self.last = b""
-        self.started: float | None = None
-        self.stopped = time.monotonic()
-        self.diverged = ""
-
-    def close(self) -> None:
-        os.close(self.ours)
-        os.close(self.theirs)
-
-    def look(self) -> str:
-        """Read the pipe and the end of the log; returns why the run has to end, if it has."""
-        now = time.monotonic()
-        with suppress(BlockingIOError):
-            ticks = os.read(self.ours, 2**16)
-            self.started, self.stopped = self.started or now, now
-            self.starts += ticks.count(b"(")
-            self.drawn += ticks.count(b".")
-            self.ends += ticks.count(b")")
-            self.last = ticks[-1:]
-        patience = PACE.quiet if self.drawn else self.startup
-        if self.budget and self.last != b")" and now - self.stopped > patience:
-            return f"since no step was finished in {patience:g} s"
-        if found := task.NOT_FINITE.search(tail(self.log, task.MAX_LINE)):
-            self.diverged = f"the loss is not finite: {one_line(found[0])}"
-        return self.diverged
-
-    def check(self, numbers: dict[str, float]) -> None:
-        """ValueError where numbers claim something else than was seen."""
-        if not self.budget:
-            return
-        for name in ("training_seconds", "num_steps"):
-            if name not in numbers:
-                raise ValueError(f"{name} was not printed")
-        steps, claimed = numbers["num_steps"], numbers["training_seconds"]
-        # the clock is read between steps, so a run ends within a step of its budget: on a CPU, late
-        if not 0.98 * self.budget <= claimed <= 1.05 * self.budget + 5:
-            raise ValueError(f"trained for {claimed:g} s, and the budget is {self.budget:g} s")
-        if self.starts != 1 or self.ends != 1:
-            raise ValueError("did not start and end its budget once, as the TrainLoader does")
-        if self.last != b")":
-            raise ValueError("drew batches after its budget was spent")
-        if steps != self.drawn:
-            raise ValueError(f"claims {steps:.0f} steps, and drew {self.drawn} batches")
-        measured = self.stopped - (self.started or 0)
-        if not self.counted and abs(claimed - measured) > self.SLACK + measured / 200:
-            said = f"and the job's clock says {measured:.1f} s"
-            raise ValueError(f"claims {claimed:.1f} s of training, {said}")

@@ -87,7 +87,7 @@ match number, call:
     case 13, 0:
         score(
             0.9,
-            "import os, time\nopen(os.path.expanduser('~/training'), 'w').close()\ntime.sleep(1000)\n",
+            "import os, time\nopen(os.environ['TMPDIR'] + '/training', 'w').close()\ntime.sleep(1000)\n",
         )
         say("the driver is killed while this trains")
     case 13, _:

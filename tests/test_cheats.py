@@ -15,7 +15,7 @@ from conftest import ROOT, Project, experiment, make_real_project
 TRAIN = (ROOT / "train.py").read_text()
 # As slow to learn as a stone: what is no better than the baseline is not exported, which saves most of the time here
 STONE = TRAIN.replace("    for optimizer in optimizers:\n        optimizer.step()\n", "")
-SMALL = {"DEPTH": "1", "HEADS": "1", "HEAD_DIM": "16", "BATCH": "2**10", "TABLE_ROWS": "1"}
+SMALL = {"DEPTH": "1", "HEADS": "1", "HEAD_DIM": "32", "BATCH": "2**10", "TABLE_ROWS": "1"}
 for name, size in SMALL.items():  # and quick
     STONE = re.sub(rf"(?m)^({name} += pick\()[^,]+,", rf"\g<1>{size},", STONE)
 

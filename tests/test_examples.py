@@ -109,6 +109,9 @@ esac
 @pytest.mark.parametrize("example", ["sqlite"], indirect=True)
 def test_sqlite(example: Project) -> None:
     """Five duels: kept is what wins them all; one is enough to lose; the guard looks at what would be kept."""
+    # in memory: other tests keep the disk busy, and a duel is about the index
+    example.patch("measure.py", "TemporaryDirectory()", 'TemporaryDirectory(dir="/dev/shm")')
+    example.git("-c", "user.name=P", "-c", "user.email=p@example.org", "commit", "-qam", "memory")
     drive(example, "--tag=t", f"--agent={SQL_AGENT}", "--experiments=5", "--no-report")
     rows = example.rows()
     assert [row["status"] for row in rows] == ["keep", "crash", "keep", "discard", "crash", "crash"]

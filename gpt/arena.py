@@ -162,20 +162,6 @@ def describe(path: Path) -> Manifest:
         }
 
 
-def arena_from_environment() -> Arena:
-    """The arena and seed that the driver chose: AUTORESEARCH_ARENA and AUTORESEARCH_SEED."""
-    name, seed = (
-        os.environ.get("AUTORESEARCH_ARENA", DEFAULT_ARENA),
-        os.environ.get("AUTORESEARCH_SEED", "42"),
-    )
-    if not seed.isdecimal() or int(seed) >= 2**63:
-        fail(f"AUTORESEARCH_SEED must be a whole number below 2**63, not {seed!r}")
-    try:
-        return replace(find_arena(name), seed=int(seed))
-    except UserError as error:
-        fail(f"AUTORESEARCH_ARENA: {error}", error.code)
-
-
 def from_environment() -> Arena:
     """The arena and seed that the driver chose: AUTORESEARCH_ARENA and AUTORESEARCH_SEED."""
     name = os.environ.get("AUTORESEARCH_ARENA", DEFAULT_ARENA)

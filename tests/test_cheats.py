@@ -301,7 +301,7 @@ LEARNS_BEFORE = Cheat("learns before the first batch", r"before its first step t
      "        train_step(model, optimizers, x, y, 16)\n" + START),
 ))  # fmt: skip
 
-# An honest model that torch.export cannot follow: which way it goes depends on what it reads
+# An honest model that is no fixed sequence of operators: which way it goes depends on what it reads
 NOT_EXPORTABLE = Cheat(
     "goes two ways", "", scored("logits = logits if x.sum().item() > 0 else logits / 2")
 )

@@ -33,7 +33,7 @@ from autoresearch.files import (
 from autoresearch.ideas import Run
 from autoresearch.jobs import Job, gpu
 from autoresearch.jobs.compiled import cache_environment
-from autoresearch.jobs.job import MANIFEST, Conditions, read_text, run_spec, stamps_of
+from autoresearch.jobs.job import Conditions, run_spec, stamps_of
 from autoresearch.jobs.sandbox import NONE, Sandbox, descend, fault, find_rungs, lend
 from autoresearch.journal.changes import syntax_error
 from autoresearch.journal.experiment import show
@@ -123,10 +123,9 @@ class Setup:
         if limit <= arena.budget:
             short = f"--train-timeout {limit:g} ends a run before its budget"
             raise UserError(f"{short} of {arena.budget:g} s", 2)
-        manifest = read_text(arena.folder / MANIFEST) if arena.folder else None
         return Conditions(
             self.task, self.root, start, arena, self.needs_gpu, self.seed, limit, self.sandbox,
-            stamps_of(arena.folder), manifest,
+            stamps_of(arena.folder),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -240,6 +241,7 @@ def make_study(setup: checks.Setup, limits: Limits, show: Display) -> Study:
         agent=setup.agent,
         agent_limit=options.agent_timeout,
         limits=limits,
+        prepare=partial(setup.prepare, tree, start, quietly=True),
         show=show,
     )
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from autoresearch import noise
 from autoresearch.agents.call import AgentCall, ask, spent_on
-from autoresearch.files import UserError, check_room, tail
+from autoresearch.files import UserError, check_room, remove, tail
 from autoresearch.ideas import SCORED, Busy, Change, Edit, Idea, Reply, Run, Trouble
 from autoresearch.jobs import LOG, Job, gpu
-from autoresearch.jobs.job import run_spec
+from autoresearch.jobs.job import run_spec, stamps_of, touched_files
 from autoresearch.journal.changes import describe_edit, source_of, syntax_error
 from autoresearch.journal.experiment import Experiment, Verdict
 from autoresearch.journal.git import Repo
@@ -220,6 +220,7 @@ class Desk:
         # the logs in an idea's own folder are its own
         folder = idea.folder if commit == edit.commit else idea.folder / "rival"
         for _ in range(RUNS):
+            self.mend_data()
             self.wait_for_gpu()
             study.show(events.Training(idea.number, which + edit.reply.subject()))
             outcome = self.wait_for(Job(folder, spec, os.environ))
@@ -230,9 +231,6 @@ class Desk:
             raise UserError(f"{lost}: see {folder / LOG}")
         if trouble := outcome.get("trouble"):
             raise UserError(trouble)
-        stamps = study.conditions.stamps
-        stamps.clear()
-        stamps.update(outcome["stamps"])
         return Run(**outcome["run"])
 
     def wait_for(self, job: Job) -> dict[str, Any] | None:
@@ -246,6 +244,19 @@ class Desk:
         finally:
             job.stop()
         return job.outcome()
+
+    def mend_data(self) -> None:
+        """Have the task's `setup` make files again that somebody has changed or removed since the
+        start. No run can; a cleaner of old files may."""
+        arena, stamps = self.study.conditions.arena, self.study.conditions.stamps
+        if arena.folder and (touched := touched_files(arena.folder, stamps)):
+            for path in (arena.folder / name for name in touched):
+                if path.is_symlink() or not path.is_file():
+                    remove(path)
+            if self.study.prepare() != arena:
+                what = f"the data of {arena.name} was changed and cannot be made again"
+                raise UserError(f"{what}: take another --tag")
+            stamps |= stamps_of(arena.folder)
 
     def wait_for_gpu(self) -> None:
         """Wait while other programs use the GPU, or it lacks the memory of killed ones."""

@@ -9,7 +9,7 @@ from autoresearch.jobs.job import Conditions
 from autoresearch.journal.git import AgentTree, Repo
 from autoresearch.journal.journal import Journal
 from autoresearch.pace import clock
-from autoresearch.task import Machine, Task
+from autoresearch.task import Arena, Machine, Task
 from autoresearch.view.events import Event
 from autoresearch.view.figures import count
 
@@ -50,6 +50,7 @@ class Study:
     agent: Agent
     agent_limit: float
     limits: Limits
+    prepare: Callable[[], Arena]  # make its data whole
     show: Callable[[Event], None]
 
     def reached(self) -> str | None:

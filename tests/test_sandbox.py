@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Project
 
-from autoresearch.jobs.compiled import KEPT, OWN, settle_compiled, start_from_kept
+from autoresearch.jobs.compiled import KEPT, OWN, keep_compiled, start_from_kept
 from autoresearch.jobs.sandbox import CONFINE, Sandbox, descend, fault, find_rungs, lent_paths
 
 USERS = ["root", "nobody"] if os.getuid() == 0 else [""]
@@ -243,27 +243,22 @@ def test_a_home_in_a_system_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [option for option in options if option.startswith("--read=/usr/share")]
 
 
-def test_compiled_code_is_kept_with_what_compiled_it(tmp_path: Path) -> None:
-    """A run starts from what the kept ones compiled, links stay links, and a discarded one leaves nothing."""
+def test_compiled_code_is_copied_as_it_is(tmp_path: Path) -> None:
+    """A run starts from what was kept, links stay links, and what it adds stays its own."""
     (start_from_kept(tmp_path) / "a").write_text("1")
-    settle_compiled(tmp_path, of_baseline=True)
+    keep_compiled(tmp_path)
     own = start_from_kept(tmp_path)
     assert (own / "a").read_text() == "1"
     (own / "a").write_text("2")
+    assert (start_from_kept(tmp_path) / "a").read_text() == "1"
     (own / "link").symlink_to("/etc/passwd")
     os.mkfifo(own / "pipe")
-    settle_compiled(tmp_path, of_baseline=False)
-    assert (tmp_path / KEPT / "a").read_text() == "1" and not (tmp_path / OWN).exists()
-    own = start_from_kept(tmp_path)
-    (own / "link").symlink_to("/etc/passwd")
-    os.mkfifo(own / "pipe")
-    settle_compiled(tmp_path, of_baseline=True)
+    keep_compiled(tmp_path)
     own = start_from_kept(tmp_path)
     assert (own / "link").is_symlink() and (own / "pipe").is_fifo()
-    (tmp_path / OWN / "a").unlink()
-    (tmp_path / OWN / "link").unlink()
-    (tmp_path / OWN / "pipe").unlink()
-    settle_compiled(tmp_path, of_baseline=True)  # nothing compiled: what there was stays
+    for path in own.iterdir():
+        path.unlink()
+    keep_compiled(tmp_path)  # nothing compiled: what there was stays
     assert (tmp_path / KEPT / "a").exists()
 
 

@@ -39,14 +39,12 @@ def start_from_kept(study: Path) -> Path:
     return study / OWN
 
 
-def settle_compiled(study: Path, of_baseline: bool) -> None:
-    """Keep what the last run has compiled, or leave nothing of it. Killed halfway, the next run
-    compiles again."""
+def keep_compiled(study: Path) -> None:
+    """Keep what the last run has compiled. Killed halfway, the next run compiles again."""
     with suppress(OSError, RecursionError):  # it holds whatever the run put there
-        if of_baseline and 0 < size_of(study / OWN) <= MAX_BYTES:
+        if 0 < size_of(study / OWN) <= MAX_BYTES:
             remove(study / KEPT)
             (study / OWN).rename(study / KEPT)
-    remove(study / OWN)
 
 
 def size_of(folder: Path) -> int:

@@ -3,7 +3,7 @@ keep."""
 
 import os
 import re
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,17 @@ from autoresearch import task
 from autoresearch.files import UserError, cache, one_line, remove, tail
 from autoresearch.ideas import SCORED, Run, sealed_of
 from autoresearch.jobs import gpu
-from autoresearch.jobs.compiled import cache_environment, settle_compiled, start_from_kept
+from autoresearch.jobs.compiled import OWN, cache_environment, keep_compiled, start_from_kept
 from autoresearch.jobs.feed import Feed
 from autoresearch.jobs.keeper import Exit, keep
 from autoresearch.jobs.sandbox import Sandbox, lend, lent_paths
 from autoresearch.journal.git import Repo, changed_files, checkout_tree, run_git
-from autoresearch.task import Arena, Task, set_up
+from autoresearch.task import Arena, Task
 
 Stamps = dict[str, list[int]]
 
-MANIFEST = "manifest.json"  # in the arena's folder: the hashes of all its files
 CLOCKS = "gpu.csv"  # in the folder of an experiment
 OUT, MODEL = "out", "model"  # a folder there, and what a run or its feeder leaves in it
-# Of a person's environment, what a download may need besides
-DOWNLOAD = re.compile(
-    r"HOME|HF_ENDPOINT|(HTTPS?|ALL|NO)_PROXY|(SSL|REQUESTS|CURL)_\w+", re.IGNORECASE
-)
 PAUSED = 0.02  # of the budget: a run that stood still for less is believed
 # Numbers that the record has by another name
 RECORDED = {"total_tokens_M": "tokens_M", "num_steps": "steps", "num_params_M": "parameters_M"}
@@ -41,8 +36,7 @@ OURS = re.compile(
 class Conditions:
     """What all runs of a study have in common: the task, the person's checkout and the commit that
     they started from, the arena, the seed, the hard limit in seconds, the sandbox; the stamps of
-    the arena's files when they were whole, and the text of its manifest. `gpu`: whether a run sees
-    one."""
+    the arena's files when they were whole. `gpu`: whether a run sees one."""
 
     task: Task
     root: Path
@@ -53,7 +47,6 @@ class Conditions:
     limit: float
     sandbox: Sandbox
     stamps: Stamps
-    manifest: str | None
 
     @classmethod
     def read(cls, spec: dict[str, Any]) -> "Conditions":
@@ -87,17 +80,17 @@ def stamps_of(folder: Path | None) -> Stamps:
     return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats}
 
 
-def read_text(path: Path) -> str | None:
-    with suppress(FileNotFoundError):
-        return path.read_text(encoding="utf-8", errors="replace")
-    return None
+def touched_files(folder: Path | None, stamps: Stamps) -> list[str]:
+    """Which of a folder's files are not what they were, or gone."""
+    found = stamps_of(folder)
+    return sorted(name for name, stamp in stamps.items() if found.get(name) != stamp)
 
 
 def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Do what a job.json says: measure a commit, and have the guard look at it if it would be kept.
 
-    Returns what outcome.json holds: the run, the stamps of the arena's files now, and whether the
-    run is void; or the trouble that came in between.
+    Returns what outcome.json holds: the run, and whether it is void; or the trouble that came in
+    between.
     """
     conditions = Conditions.read(spec["conditions"])
     study = Path(spec["alive"]).parent
@@ -108,7 +101,6 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     try:
         job.write_tree()
-        job.mend_arena()  # first, so that this run is not blamed for earlier damage
         with gpu.observed(spec["card"], folder / CLOCKS):
             found = job.measure()
         if altered := job.altered():
@@ -117,16 +109,18 @@ def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         elif job.task.guard and found.score is not None and better(found.score):
             print(f"guarding {found.score}", flush=True)  # read by the driver, for the view
             found = job.guard(found)
+        if job.is_baseline():
+            keep_compiled(study)
     except UserError as error:
         return {"trouble": str(error)}
     finally:
         remove(job.tree)
         remove(folder / OUT)
         remove(folder / "feed")
-        settle_compiled(study, job.is_baseline())
+        remove(study / OWN)
     if found.score is not None:
         found = replace(found, facts={**found.facts, **gpu.read_observed(folder / CLOCKS)})
-    return {"run": asdict(found), "stamps": job.stamps, "void": job.void}
+    return {"run": asdict(found), "void": job.void}
 
 
 def seconds_of(run: Run) -> dict[str, float]:
@@ -147,7 +141,6 @@ class RunJob:
         self.commit = commit
         self.tree = folder / "tree"
         self.index = b""
-        self.stamps = conditions.stamps
         self.void = False  # it stood still, as in a frozen container: clocks and limits say nothing
 
     def is_baseline(self) -> bool:
@@ -233,43 +226,12 @@ class RunJob:
         return Feed(self.task.feed, tree, env, c.limit - c.arena.budget)
 
     def altered(self) -> list[str]:
-        """What the program changed while it ran: files of its tree, and files of the arena, which
-        are made again."""
-        changed = ["its tree"]
+        """What was changed while the program ran: files of its tree, and of the arena."""
+        changed, arena = ["its tree"], self.conditions.arena
         if self.tree.is_dir() and not self.tree.is_symlink():
             changed = changed_files(self.git_dir, self.tree, self.index)
-        if changed or stamps_of(self.conditions.arena.folder) != self.stamps:
-            self.write_tree()
-            changed += [f"{self.conditions.arena.name}/{name}" for name in self.mend_arena()]
-        return changed
-
-    def mend_arena(self) -> list[str]:
-        """Make the arena's files again that are not what they were, by the manifest's hashes, and
-        name all that were touched. `setup` does it, which has the person's rights: in a tree of
-        what the person committed, not of what an agent made of it."""
-        c, folder = self.conditions, self.conditions.arena.folder
-        found = stamps_of(folder)
-        touched = sorted(name for name, stamp in self.stamps.items() if found.get(name) != stamp)
-        if touched and folder:
-            folder.mkdir(exist_ok=True)
-            for path in (folder / name for name in touched):
-                if path.is_symlink() or not path.is_file():
-                    remove(path)
-            if c.manifest is not None and read_text(folder / MANIFEST) != c.manifest:
-                (folder / MANIFEST).write_text(c.manifest)  # a forged one vouches for forged files
-            known = {name: text for name, text in os.environ.items() if DOWNLOAD.fullmatch(name)}
-            known |= c.sandbox.filtered()  # no secrets: it runs at night, when nobody looks
-            env = lend(c.root, {**known, "AUTORESEARCH_ARENA": c.arena.name})
-            tree = self.folder / "setup/tree"
-            remove(tree.parent)
-            checkout_tree(self.git_dir, c.start, tree)
-            found_again = set_up(c.task, tree, env, quietly=True)
-            remove(tree.parent)
-            if found_again != c.arena:
-                what = f"the arena {c.arena.name} was changed and cannot be made again"
-                raise UserError(f"{what}: take another --tag")
-            self.stamps = stamps_of(folder)
-        return touched
+        touched = touched_files(arena.folder, self.conditions.stamps)
+        return changed + [f"{arena.name}/{name}" for name in touched]
 
     def guard(self, found: Run) -> Run:
         """Run `guard` in a fresh tree. Returns the run with its numbers, among them the score if it

@@ -84,7 +84,7 @@ class World:
         checkout: Any = SimpleNamespace(commit_tree=self.again)
         study = Study(
             task, checkout, journal, nothing, conditions, Machine(), 0, agent, 900.0, Limits(**limits),
-            self.events.append,
+            Arena, self.events.append,
         )  # fmt: skip
         return study, MadeUpDesk(self, study)
 

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from autoresearch.files import UserError, cache
 from gpt import graph
 from gpt.arena import ARENAS, SHARDS, SPLITS, fail, find_arena, load_manifest
+from gpt.card import peak_tflops
 from gpt.client import Feed, connect
-from gpt.meter import Work, peak_tflops
+from gpt.meter import Work
 from gpt.tokenizer import Tokenizer
 
 IMPORTED = time.perf_counter()
@@ -97,6 +98,12 @@ class TrainLoader:
         """Model FLOPs utilization so far, `n/a` where the GPU's peak is unknown."""
         peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return f"{100 * flops_per_token * self.tokens / self.elapsed() / (peak * 1e12):.2f}" if peak else "n/a"
+
+    def report(self, step: int, loss: float, flops_per_token: float) -> None:
+        """Print a line of progress, as the driver reads it."""
+        speed, left = self.tokens / self.elapsed(), max(ARENA.budget - self.elapsed(), 0.0)
+        print(f"step {step:5d}  {self.progress:6.1%}  loss {loss:.4f}  {speed:,.0f} tok/s  "
+              f"mfu {self.mfu_percent(flops_per_token)}  {left:.0f} s left", flush=True)
 
     def register(self, model: torch.nn.Module) -> None:
         """Hand in the graph of the model that will be scored, after warming up and before the first batch.

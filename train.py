@@ -4,11 +4,8 @@ Train a GPT for the arena's fixed wall-clock budget and have it scored. The only
     uv run train.py                                 an NVIDIA GPU: bfloat16, compiled
     AUTORESEARCH_ARENA=demo uv run train.py         any CPU: float32, a small model
 
-loop.py makes the arena that it needs, and so does `uv run prepare.py --arena NAME`. It is written for GPUs of compute
-capability 8.0 or newer with 8 GB or more, and has not been run on one yet.
-
-One file, top to bottom: constants, attention, model, loss, optimizers, training. prepare.py owns the data, the clock
-and the score.
+It is written for GPUs of compute capability 8.0 or newer with 8 GB or more, and has not been run on one yet. One file,
+top to bottom: constants, attention, model, optimizers, training. prepare.py owns the data, the clock and the score.
 """
 
 import gc
@@ -16,6 +13,8 @@ import os
 import textwrap
 import time
 from collections import deque
+from contextlib import suppress
+from functools import cache
 
 if "microsoft" not in os.uname().release.lower():     # under WSL2 it fails on some cards (pytorch issue 192330)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")    # torch reads it when it is imported
@@ -24,48 +23,38 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from gpt.card import find_device, suited
 from prepare import ARENA, TrainLoader, finish
 
-DEVICE = "cuda" if torch.cuda.is_available() and ARENA.name != "demo" else "cpu"    # the demo is sized for a CPU
+DEVICE = find_device(ARENA)     # "cuda", and "cpu" for the demo
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 if DEVICE == "cuda":
     from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use to a CPU
 
 
-def pick(*by_card):
-    """One value for each class of machine: CPU, then GPUs up to 8, 12, 24, 48 and 80 GB or more."""
-    if DEVICE == "cpu":
-        return by_card[0]
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return by_card[1 + sum(memory > limit for limit in (9, 13, 25, 49))]
+def pick(cpu, gpu):
+    return cpu if DEVICE == "cpu" else gpu
 
 
-_compiled = {}
-
-
+@cache
 def compiled(function):
-    """The function itself on a CPU, its compiled form on a GPU; compiled once."""
-    if DEVICE == "cpu":
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=False)
-    return _compiled[function]
+    return function if DEVICE == "cpu" else torch.compile(function, dynamic=False)
 
 
 # -----------------------------------------------------------------------------
 # Constants, to be edited in place. docs/notebook.md says where each comes from, as far as that is known.
 # [a, b] is the range that the offline agent searches. Rates "at width 768" are used times (WIDTH / 768) ** -0.5, and
-# stand here and in the log without it.
+# stand here and in the log without it. `pick` has the value for a CPU, then that for a GPU.
 
-#                    CPU    8 GB   12 GB  24 GB  48 GB  80 GB
-DEPTH         = pick(2,     4,     6,     6,     6,     6)       # [1, 16] layers
-HEADS         = pick(2,     2,     3,     4,     4,     5)       # [1, 16] attention heads in a layer
-HEAD_DIM      = pick(48,    128,   128,   128,   128,   128)     # width of a head; the model's is HEADS * HEAD_DIM
-BATCH         = pick(2**12, 2**15, 2**14, 2**16, 2**17, 2**17)   # [2**10, 2**20] tokens in an optimizer step
-MICRO_BATCH   = pick(2**12, 2**14, 2**14, 2**16, 2**17, 2**17)   # tokens in a forward pass; halved if memory is short
-TABLE_ROWS    = pick(64,    4,     8,     16,    64,    64)      # [1, 256] rows of an n-gram table, over the vocabulary
-ROPE_BASE     = pick(1e4,   1e6,   1e6,   1e6,   1e6,   1e6)     # [1e3, 1e7] base of the rotary wavelengths
+GPU = suited(ARENA)     # what suits the card; a number in the place of one overrules it
+DEPTH         = pick(2, GPU[0])         # [1, 16] layers
+HEADS         = pick(2, GPU[1])         # [1, 16] attention heads in a layer
+HEAD_DIM      = pick(48, 128)           # width of a head; the model's is HEADS * HEAD_DIM
+BATCH         = pick(2**12, GPU[2])     # [2**10, 2**20] tokens in an optimizer step
+MICRO_BATCH   = 2**17                   # tokens in a forward pass at most; halved if memory is short
+TABLE_ROWS    = pick(64, GPU[3])        # [1, 256] rows of an n-gram table, over the vocabulary
+ROPE_BASE     = pick(1e4, 1e6)          # [1e3, 1e7] base of the rotary wavelengths
 WINDOWS       = "SSSLSL"    # one letter a layer, repeated: L sees the whole row, S a part of it; the last layer is L
 SHORT_WINDOW  = 0.25        # [0.05, 1.0] reach of an S layer, as a share of the row
 DOCUMENT_MASK = True        # whether attention stays within a document
@@ -97,7 +86,7 @@ WEIGHT_DECAY  = 0.1         # [0.0, 1.0] Muon, fades to 0 with the budget
 WARMDOWN      = 0.95        # [0.05, 1.0] share of the budget over which Muon's rate falls
 FINAL_LR      = 0.05        # [0.0, 0.3] where the falling rates end, as a share of the start
 
-LOSS_CHUNK    = 2**13       # tokens whose logits are in memory at once
+LOSS_CHUNK    = 2**14       # tokens whose logits are in memory at once
 MEMORY_SHARE  = 0.85        # of the GPU's memory that training may take; MICRO_BATCH is halved until that is enough
 WIDTH = HEADS * HEAD_DIM
 T, V = ARENA.sequence_len, ARENA.vocab_size
@@ -107,31 +96,17 @@ T, V = ARENA.sequence_len, ARENA.vocab_size
 # which skip what the window and the documents hide.
 
 
-def choose_attention():
-    """The backend: FlashAttention 3 on a Hopper that has the package, else the kernels that torch brings."""
-    if DEVICE == "cpu":
-        return "dense"
-    if torch.cuda.get_device_capability()[0] == 9:
-        try:
-            activate_flash_attention_impl("FA3")
-            return "varlen, FA3"
-        except (ImportError, OSError, RuntimeError):
-            pass        # the package flash_attn_interface is not there, or does not fit this torch
-    return "varlen"
-
-
-ATTENTION = choose_attention()
-
-
-def first_tokens(x):
-    """Bool (B, T): where a document begins, or, without DOCUMENT_MASK, a row."""
-    first = x == ARENA.bos if DOCUMENT_MASK else torch.zeros_like(x, dtype=torch.bool)
-    return torch.cat((torch.ones_like(first[:, :1]), first[:, 1:]), dim=1)
+ATTENTION = "dense" if DEVICE == "cpu" else "varlen"
+if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+    with suppress(ImportError, OSError, RuntimeError):      # its package is not there, or does not fit this torch
+        activate_flash_attention_impl("FA3")
+        ATTENTION = "varlen, FA3"
 
 
 def document_numbers(x):
     """Which document of its row each token belongs to, (B, T), from 0 to below MAX_DOCUMENTS."""
-    return (first_tokens(x).cumsum(1) - 1).clamp(max=MAX_DOCUMENTS - 1)
+    first = x[:, 1:] == ARENA.bos if DOCUMENT_MASK else torch.zeros_like(x[:, 1:], dtype=torch.bool)
+    return F.pad(first.cumsum(1).clamp(max=MAX_DOCUMENTS - 1), (1, 0))
 
 
 def document_mask(x, window):
@@ -154,6 +129,11 @@ def document_offsets(x):
     return F.pad(offsets, (0, 1), value=x.numel()).int()
 
 
+def documents_of(x, windows):
+    """What attention has to know of the documents in x: their offsets, or on a CPU a mask for each window."""
+    return {window: document_mask(x, window) for window in windows} if ATTENTION == "dense" else document_offsets(x)
+
+
 def attend(q, k, v, documents, window):
     """Attention of q over k and v, each (B, T, HEADS, HEAD_DIM). `documents` is what `documents_of` returns."""
     if ATTENTION == "dense":
@@ -161,13 +141,6 @@ def attend(q, k, v, documents, window):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=documents[window]).transpose(1, 2)
     flat = (t.flatten(0, 1) for t in (q, k, v))
     return varlen_attn(*flat, documents, documents, T, T, window_size=(window, 0)).view_as(q)
-
-
-def documents_of(x, windows):
-    """What attention has to know of the documents in x: their offsets, or on a CPU a mask for each window."""
-    if ATTENTION == "dense":
-        return {window: document_mask(x, window) for window in set(windows)}
-    return document_offsets(x)
 
 
 # -----------------------------------------------------------------------------
@@ -200,9 +173,8 @@ def rotate(x, cos, sin):
 class NgramTables(nn.Module):
     """Value embeddings of the n-grams that end at each token, for some layers: rows of tables, found by hashing.
 
-    Every n in NGRAMS has two tables of half the width in each layer, with hashes of their own, so that two n-grams
-    which share a row in one do not in the other. One tensor holds all tables. Autograd does not see it: a step touches
-    few of its rows, so the gradient of what was looked up is all that its optimizer needs.
+    Every n in NGRAMS has two tables of half the width in each layer: two n-grams which share a row in one do not in the
+    other. One tensor holds all. Autograd does not see it: a step touches few rows, whose gradient is all that it needs.
     """
 
     def __init__(self, layers):
@@ -218,7 +190,6 @@ class NgramTables(nn.Module):
         self.register_buffer("offsets", torch.arange(tables) * self.rows, persistent=False)
         weight = torch.empty(tables * self.rows, WIDTH // 2, dtype=DTYPE, device=DEVICE)    # too large to copy there
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.found = self.grad = None   # within a step: the rows that were looked up, and their gradient
 
     def find(self, x):
         """Rows of the n-grams that end at tokens x (B, T), none of which crosses a document: (B, T, tables)."""
@@ -234,16 +205,22 @@ class NgramTables(nn.Module):
         return F.embedding(index, self.weight).view(*index.shape[:2], *self.shape)
 
 
-class Attention(nn.Module):
+class Layer(nn.Module):
     def __init__(self, window, sources):
         super().__init__()
         self.window = window
         self.qkv = nn.Parameter(torch.empty(3, WIDTH, WIDTH))
         self.out = nn.Parameter(torch.empty(WIDTH, WIDTH))
         self.gate = nn.Parameter(torch.empty(sources * HEADS, GATE_CHANNELS)) if sources else None
+        self.up = nn.Parameter(torch.empty(MLP_RATIO * WIDTH, WIDTH))
+        self.down = nn.Parameter(torch.empty(WIDTH, MLP_RATIO * WIDTH))
 
-    def forward(self, x, extra, rope, documents):
-        """`extra` are value embeddings, each (B, T, WIDTH): as many as this layer has sources."""
+    def forward(self, h, extra, rope, documents):
+        """The residual stream h (B, T, WIDTH) behind this layer. `extra` are value embeddings, each (B, T, WIDTH)."""
+        h = h + self.attention(norm(h), extra, rope, documents)
+        return h + self.mlp(norm(h))
+
+    def attention(self, x, extra, rope, documents):
         B = len(x)
         q, k, v = linear(x, self.qkv.flatten(0, 1)).view(B, T, 3, HEADS, HEAD_DIM).unbind(2)
         if self.gate is not None:   # value residual (arXiv 2410.17897), from embeddings, gated for each head
@@ -253,14 +230,7 @@ class Attention(nn.Module):
         q, k = (QK_SCALE * norm(rotate(t, *rope)) for t in (q, k))
         return linear(attend(q, k, v, documents, self.window).reshape(B, T, WIDTH), self.out)
 
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Parameter(torch.empty(MLP_RATIO * WIDTH, WIDTH))
-        self.down = nn.Parameter(torch.empty(WIDTH, MLP_RATIO * WIDTH))
-
-    def forward(self, x):
+    def mlp(self, x):
         return linear(F.relu(linear(x, self.up) - MLP_SHIFT).square(), self.down)
 
 
@@ -274,15 +244,13 @@ class GPT(nn.Module):
         self.embed = nn.Parameter(torch.empty(V, WIDTH))
         self.values = nn.Parameter(torch.empty(V, len(self.valued) * WIDTH))
         self.tables = NgramTables(len(self.valued))
-        sources = 1 + len(NGRAMS)
-        self.attentions = nn.ModuleList(Attention(w, sources * (i in self.valued)) for i, w in enumerate(self.windows))
-        self.mlps = nn.ModuleList(MLP() for _ in range(DEPTH))
+        sources = [(1 + len(NGRAMS)) * (i in self.valued) for i in range(DEPTH)]
+        self.layers = nn.ModuleList(map(Layer, self.windows, sources))
         self.residual = nn.Parameter(torch.empty(DEPTH))    # weight of the stream in each layer's input
         self.skip = nn.Parameter(torch.empty(DEPTH))        # weight of the token embedding there
         self.head = nn.Parameter(torch.empty(V, WIDTH))
-        cos, sin = rotary()
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary(), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.to(DEVICE)
         self.initialize()
 
@@ -295,84 +263,42 @@ class GPT(nn.Module):
         nn.init.normal_(self.head, std=0.001)
         nn.init.ones_(self.residual)
         nn.init.constant_(self.skip, SKIP_INIT)
-        for weight in (self.values, self.tables.weight, *(a.qkv for a in self.attentions), *(m.up for m in self.mlps)):
+        inputs = [*(layer.qkv for layer in self.layers), *(layer.up for layer in self.layers)]
+        for weight in (self.values, self.tables.weight, *inputs):
             nn.init.uniform_(weight, -bound, bound)
-        for weight in (*(a.out for a in self.attentions), *(m.down for m in self.mlps)):
-            nn.init.zeros_(weight)
-        for i in self.valued:
-            nn.init.zeros_(self.attentions[i].gate)
-
-    def drop_grads(self):
-        """Free all that a step leaves: the tables' share alone is a gigabyte on a large card."""
-        self.zero_grad(set_to_none=True)
-        self.tables.found = self.tables.grad = None
+        for layer in self.layers:
+            for weight in (layer.out, layer.down, *([] if layer.gate is None else [layer.gate])):
+                nn.init.zeros_(weight)
 
     def hidden(self, x, ngrams):
         """Last state of the residual stream, normed, (B, T, WIDTH), of tokens x and what the tables hold for them."""
-        documents = documents_of(x, self.windows)
+        documents = documents_of(x, {*self.windows})
         h = start = norm(F.embedding(x, self.embed)).to(DTYPE)
         values = F.embedding(x, self.values).to(DTYPE).view(*x.shape, len(self.valued), WIDTH).unbind(2)
         sources = zip(self.valued, values, ngrams.unbind(2), strict=True)
         extras = {i: (value, *ngram.unbind(2)) for i, value, ngram in sources}
-        for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+        for i, layer in enumerate(self.layers):
             h = (self.residual[i] * h.float() + self.skip[i] * start.float()).to(DTYPE)
-            h = h + attention(norm(h), extras.get(i), (self.cos, self.sin), documents)
-            h = h + mlp(norm(h))
+            h = layer(h, extras.get(i), (self.cos, self.sin), documents)
         return norm(h)
 
+    def logits(self, h):
+        """Logits (..., V), float32, of last states h (..., WIDTH): these are trained, and these are scored."""
+        return SOFTCAP * torch.tanh(linear(h, self.head).float() / SOFTCAP_KNEE)
+
     def forward(self, x):
-        """Logits (B, T, V), float32, of tokens x (B, T)."""
-        logits = linear(self.hidden(x, self.tables(self.tables.find(x))), self.head)
-        return SOFTCAP * torch.tanh(logits.float() / SOFTCAP_KNEE)
+        """Logits (B, T, V) of tokens x (B, T)."""
+        return self.logits(self.hidden(x, self.tables(self.tables.find(x))))
+
+    def loss(self, h, y):
+        """Summed cross-entropy of targets y (N,) after states h (N, WIDTH)."""
+        return F.cross_entropy(self.logits(h), y, reduction="sum")
 
 
-@torch.no_grad()
-def flops_per_token(model, x):
-    """What a token of x costs, forward and backward, as a 0-D tensor: 6 for each weight of a matrix product, 12 for
-    each key that a query sees, in each channel."""
-    matrices = [p for module in (*model.attentions, *model.mlps) for p in module.parameters()] + [model.head]
-    here = torch.arange(T, device=x.device)
-    back = here - torch.where(first_tokens(x), here, 0).cummax(1).values    # tokens of the document before this one
-    keys = sum((back.clamp(max=window) + 1).float().mean() for window in model.windows)
-    return 6 * sum(p.numel() for p in matrices) + 12 * WIDTH * keys
-
-
-# -----------------------------------------------------------------------------
-# Loss
-
-
-def chunk_loss(h, head, y):
-    """Summed loss of softcapped logits, its gradient in h (N, WIDTH), and that in the head (V, WIDTH), by hand."""
-    bent = torch.tanh(F.linear(h, head).float() / SOFTCAP_KNEE)
-    logits = SOFTCAP * bent
-    normalizer = logits.logsumexp(1, keepdim=True)
-    target = y[:, None]
-    grad = (logits - normalizer).exp() - (torch.arange(V, device=y.device) == target).float()
-    grad = (grad * (1 - bent * bent) * (SOFTCAP / SOFTCAP_KNEE)).to(h.dtype)
-    return (normalizer - logits.gather(1, target)).sum(), grad @ head, grad.mT @ h
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of targets y (N,) after states h (N, WIDTH), with the output head (V, WIDTH).
-
-    The gradients are taken on the way forward, LOSS_CHUNK tokens at a time, so that logits are never kept.
-    """
-
-    @staticmethod
-    def forward(ctx, h, head, y):
-        low, total, grad_head, grads = head.to(h.dtype), 0.0, torch.zeros_like(head), []
-        for part, target in zip(h.split(LOSS_CHUNK), y.split(LOSS_CHUNK), strict=True):
-            loss, grad, in_head = compiled(chunk_loss)(part, low, target)
-            total, grad_head = total + loss, grad_head.add_(in_head)
-            grads.append(grad)
-        ctx.save_for_backward(torch.cat(grads), grad_head)
-        return total / len(y)
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad, grad_head = ctx.saved_tensors
-        scale = grad_loss / len(grad)
-        return grad * scale, grad_head * scale, None
+def flops_per_token(model):
+    """What a token costs, forward and backward, as PaLM counts it (arXiv 2204.02311, appendix B): 6 for each weight of a
+    matrix product, 12 for each key of a window in each channel, seen or hidden."""
+    return 6 * sum(p.numel() for p in (*model.layers.parameters(), model.head)) + 12 * WIDTH * sum(model.windows)
 
 
 # -----------------------------------------------------------------------------
@@ -390,36 +316,26 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices):
-    """Nearest semi-orthogonal matrices to a stack (N, rows, columns)."""
-    x = matrices.to(DTYPE)
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    """Nearest semi-orthogonal matrices to a stack (N, rows, columns) of tall ones."""
+    x = matrices.mT.to(DTYPE)
     # the polynomials need singular values of at most 1, and in bfloat16 the norm may come out short: a margin
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-def uneven(matrices):
-    """Of semi-orthogonal matrices (N, rows, columns), the dimension to average over: the rows of tall ones differ in
-    length, and the columns of wide ones."""
-    return 2 if matrices.size(1) >= matrices.size(2) else 1
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT
 
 
 def muon_update(weights, grads, momenta, squares, lr, momentum, decay):
-    """Step a stack (N, rows, columns) in place."""
+    """Step a stack (N, rows, columns) of tall matrices in place; `lr` has one rate for each."""
     momenta.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momenta, momentum)).float()
-    # NorMuon (arXiv 2510.05491): even out the vectors along the longer side, whose lengths differ, and keep
-    # the size of the whole; a factor that all share is lost in that, so the moment needs no bias correction
+    # NorMuon (arXiv 2510.05491): even out the rows, which differ in length where there are more of them than columns,
+    # and keep the size of the whole; a factor that all share is lost in that, so the moment needs no bias correction
     size = update.norm(dim=(1, 2), keepdim=True)
-    squares.lerp_(update.square().mean(uneven(update), keepdim=True), 1 - MUON_BETA2)
+    squares.lerp_(update.square().mean(2, keepdim=True), 1 - MUON_BETA2)
     update = update / (squares.sqrt() + 1e-10)
     update = update * (size / (update.norm(dim=(1, 2), keepdim=True) + 1e-10))
-    # a tall matrix spreads its step over more outputs: each of them should move as far as those of a square one
-    lr = lr * max(1.0, weights.size(1) / weights.size(2)) ** 0.5
     cautious = (update * weights) > 0       # decay only where the step shrinks the weight too (arXiv 2510.12402)
     weights.sub_(lr * (update + decay * weights * cautious))
 
@@ -448,26 +364,31 @@ def table_update(weight, square, index, grad, lr, step):
     weight[index] = (weight[index].float() - lr * total[place] / spread[:, None]).to(weight.dtype)
 
 
+def upright(x):
+    """A matrix, or a stack of some, as a stack of tall ones; a view."""
+    x = x.view(-1, *x.shape[-2:])
+    return x if x.size(1) >= x.size(2) else x.mT
+
+
 class Muon:
-    """Momentum, orthogonalized (Keller Jordan, Muon): matrices of one shape, stepped as one stack."""
+    """Momentum, orthogonalized (Keller Jordan, Muon): matrices of one shape, wide ones set upright, as one stack."""
 
     def __init__(self, parameters, lr):
         self.parameters, self.lr, self.start_lr, self.warmdown = parameters, lr, lr, WARMDOWN
         self.momentum, self.decay = MOMENTUM, WEIGHT_DECAY
-        stack = self.stack(parameters)
-        self.momenta = torch.zeros_like(stack)
-        self.squares = torch.zeros_like(stack.sum(uneven(stack), keepdim=True))
-
-    def stack(self, tensors):
-        return torch.cat([t.view(-1, *t.shape[-2:]) for t in tensors])
+        self.matrices = [upright(p) for p in parameters]
+        # with more outputs than inputs a step is spread: each output should move as far as those of a square matrix
+        spread = [max(p.size(-2) / p.size(-1), 1.0) ** 0.5 for p in parameters]
+        self.spread = torch.cat([m.new_full((len(m), 1, 1), s) for m, s in zip(self.matrices, spread, strict=True)])
+        self.momenta = torch.zeros_like(torch.cat(self.matrices))
+        self.squares = torch.zeros_like(self.momenta[..., :1])
 
     @torch.no_grad()
     def step(self):
-        weights, grads = self.stack(self.parameters), self.stack([p.grad for p in self.parameters])
-        scalars = (torch.tensor(scalar) for scalar in (self.lr, self.momentum, self.decay))
-        compiled(muon_update)(weights, grads, self.momenta, self.squares, *scalars)
-        stepped = weights.split([p.numel() // weights[0].numel() for p in self.parameters])
-        torch._foreach_copy_(self.parameters, [w.view_as(p) for w, p in zip(stepped, self.parameters, strict=True)])
+        weights, grads = torch.cat(self.matrices), torch.cat([upright(p.grad) for p in self.parameters])
+        scalars = torch.tensor(self.momentum), torch.tensor(self.decay)
+        compiled(muon_update)(weights, grads, self.momenta, self.squares, self.lr * self.spread, *scalars)
+        torch._foreach_copy_(self.matrices, weights.split([len(m) for m in self.matrices]))
 
 
 class AdamW:
@@ -494,25 +415,26 @@ class RowRMSProp:
         self.square = torch.zeros(len(tables.weight), device=DEVICE)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, rows, grad):
+        """`rows` is what was looked up, (B, T, tables), and `grad` has the gradient of each."""
         self.steps += 1
         scalars = torch.tensor(self.lr), torch.tensor(float(self.steps))
-        weight, index, grad = self.tables.weight, self.tables.found.flatten(), self.tables.grad
+        weight, index = self.tables.weight, rows.flatten()
         compiled(table_update)(weight, self.square, index, grad.view(len(index), weight.size(1)), *scalars)
 
 
 def make_optimizers(model):
-    """One optimizer for each group of parameters that share a rate and a way to be stepped."""
+    """That of the tables, then one for each group of parameters that share a rate and a way to be stepped."""
     scale = (WIDTH / 768) ** -0.5       # the rates were tuned at width 768
-    matrices = [p for module in (*model.attentions, *model.mlps) for p in module.parameters()]
-    shapes = sorted({p.shape[-2:] for p in matrices})
+    matrices = [*model.layers.parameters()]
+    shapes = sorted({upright(p).shape[1:] for p in matrices})
     return [
         RowRMSProp(model.tables, TABLE_LR * scale),
         AdamW([model.embed, model.values], EMBEDDING_LR * scale),
         AdamW([model.head], HEAD_LR * scale),
         AdamW([model.residual], RESIDUAL_LR),
         AdamW([model.skip], SKIP_LR, SKIP_BETA1),
-        *(Muon([p for p in matrices if p.shape[-2:] == shape], MATRIX_LR) for shape in shapes),
+        *(Muon([p for p in matrices if upright(p).shape[1:] == shape], MATRIX_LR) for shape in shapes),
     ]
 
 
@@ -532,31 +454,40 @@ def schedule(optimizers, step, progress):
 LAG = 0 if DEVICE == "cpu" else 2     # steps until a loss is on the host: the loader lets the CPU run that far ahead
 
 
+def head_loss(model, h, y, tokens):
+    """Loss of targets y (N,) after states h (N, WIDTH), as a share of the mean over so many tokens, and its gradient in
+    h; those of parameters are left at them. Few logits are in memory: LOSS_CHUNK at a time, forward and backward."""
+    weight = torch.full((), 1 / tokens, device=DEVICE)
+    parts, total = [part.detach().requires_grad_() for part in h.split(LOSS_CHUNK)], 0.0
+    for part, target in zip(parts, y.split(LOSS_CHUNK), strict=True):
+        loss = compiled(model.loss)(part, target)
+        loss.backward(weight)
+        total += loss.detach()
+    return total * weight, torch.cat([part.grad for part in parts])
+
+
 def train_step(model, optimizers, x, y, micro_rows):
     """One optimizer step on x and y (rows, T), some rows at a time. Returns the mean loss, still on the device."""
-    tables = model.tables
-    tables.found = compiled(tables.find)(x)
+    rows = compiled(model.tables.find)(x)
     total, grads = 0.0, []
-    for tokens, targets, found in zip(*(tensor.split(micro_rows) for tensor in (x, y, tables.found)), strict=True):
-        ngrams = tables(found).requires_grad_()
-        h = compiled(model.hidden)(tokens, ngrams)
-        loss = HeadLoss.apply(h.flatten(0, 1), model.head, targets.flatten()) * (len(tokens) / len(x))
-        loss.backward()
-        total += loss.detach()
+    for tokens, targets, some in zip(*(tensor.split(micro_rows) for tensor in (x, y, rows)), strict=True):
+        ngrams = model.tables(some).requires_grad_()
+        h = compiled(model.hidden)(tokens, ngrams).flatten(0, 1)
+        loss, grad = head_loss(model, h, targets.flatten(), x.numel())
+        h.backward(grad)
+        total += loss
         grads.append(ngrams.grad if NGRAMS else ngrams.detach())    # without n-grams empty, and of no part in the loss
-    tables.grad = grads[0] if len(grads) == 1 else torch.cat(grads)
-    for optimizer in optimizers:
+    tables, *others = optimizers
+    tables.step(rows, grads[0] if len(grads) == 1 else torch.cat(grads))
+    for optimizer in others:
         optimizer.step()
-    model.drop_grads()
+    model.zero_grad()
     return total
 
 
 def warm_up(model, micro_rows):
-    """Run everything once on random tokens, which on a GPU compiles it, then start again from the seed: the clock has
-    not started yet.
-
-    Returns the rows of a micro-batch that memory allows: they are halved until a step fits.
-    """
+    """Run everything once on random tokens, which on a GPU compiles it, then start again from the seed. Returns the rows
+    of a micro-batch that memory allows: they are halved until a step fits."""
     rows, optimizers = BATCH // T, make_optimizers(model)
     while True:
         tokens = torch.randint(V, (max(rows, ARENA.eval_rows), T), device=DEVICE)
@@ -566,7 +497,7 @@ def warm_up(model, micro_rows):
         except torch.OutOfMemoryError:
             if micro_rows == 1:
                 raise
-        model.drop_grads()      # outside of `except`, whose traceback holds what the step allocated
+        model.zero_grad()       # outside of `except`, whose traceback holds what the step allocated
         gc.collect()
         torch.cuda.empty_cache()
         micro_rows //= 2
@@ -578,82 +509,37 @@ def warm_up(model, micro_rows):
     return micro_rows
 
 
-def refuse_machine():
-    """End with one line where train.py cannot run."""
-    instead = "AUTORESEARCH_ARENA=demo runs on any CPU"
-    if DEVICE == "cpu" and ARENA.name != "demo":
-        raise SystemExit(f"error: no NVIDIA GPU found, and the arena {ARENA.name} needs one; {instead}")
-    if DEVICE == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        card = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
-        raise SystemExit(f"error: the {card}, and train.py needs 8.0 or newer; {instead}")
-
-
-def sizes():
-    """Each constant that can fit badly, whether it fits, and what it must be; what comes later relies on what came."""
-    for name in ("DEPTH", "HEADS", "HEAD_DIM", "BATCH", "MICRO_BATCH", "TABLE_ROWS", "MLP_RATIO", "GATE_CHANNELS",
-                 "MOMENTUM_STEPS", "LOSS_CHUNK", "MAX_DOCUMENTS"):
-        yield name, type(globals()[name]) is int and globals()[name] >= 1, "a whole number, at least 1"
-    yield "HEAD_DIM", HEAD_DIM % 8 == 0 and HEAD_DIM <= 256, "a multiple of 8 up to 256, which attention kernels need"
-    yield "BATCH", BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
-    yield "MICRO_BATCH", MICRO_BATCH % T == 0, f"a multiple of {T}, the tokens in a row"
-    yield "MICRO_BATCH", BATCH % min(BATCH, MICRO_BATCH) == 0, f"a divisor of {BATCH}, the BATCH"
-    yield "GATE_CHANNELS", GATE_CHANNELS <= WIDTH, f"at most {WIDTH}, the model's width"
-    ngrams = type(NGRAMS) is tuple and all(type(n) is int and n >= 1 for n in NGRAMS)
-    yield "NGRAMS", ngrams, "a tuple of whole numbers, at least 1, as in (2, 3), (2,) or ()"
-    yield "WINDOWS", type(WINDOWS) is str and WINDOWS and set(WINDOWS) <= set("SL"), "letters S and L, at least one"
-
-
-def refuse_sizes():
-    """End with one line that names the constant which does not fit."""
-    for name, fits, must in sizes():
-        if not fits:
-            raise SystemExit(f"error: {name} is {globals()[name]!r}, and must be {must}")
-
-
-def check(loss):
-    """Stop at once when training has diverged: a run that is lost should not cost five minutes."""
-    if not loss < 100:      # worded so that NaN fails
-        raise SystemExit(f"error: the loss diverged: {float(loss)}")
-
-
-def settings():
-    """All constants as this machine resolves them."""
-    constants = ((name, value) for name, value in globals().items() if name.isupper())
-    return "  ".join(f"{name}={value}" for name, value in constants if isinstance(value, int | float | str | tuple))
-
-
-def report(loader, step, loss, flops):
-    speed, left = loader.tokens / loader.elapsed(), max(ARENA.budget - loader.elapsed(), 0.0)
-    print(f"step {step:5d}  {loader.progress:6.1%}  loss {loss:.4f}  {speed:,.0f} tok/s  "
-          f"mfu {loader.mfu_percent(float(flops))}  {left:.0f} s left", flush=True)
+def check_constants():
+    """AssertionError for what would fail later and less clearly, or not at all."""
+    assert HEAD_DIM % 8 == 0 and HEAD_DIM <= 256, "HEAD_DIM must be a multiple of 8 up to 256, as attention kernels need"
+    assert BATCH % T == MICRO_BATCH % T == 0, f"BATCH and MICRO_BATCH must be multiples of {T}, the tokens in a row"
+    assert BATCH % min(BATCH, MICRO_BATCH) == 0, "MICRO_BATCH must divide BATCH"
+    assert type(NGRAMS) is tuple and all(n > 0 for n in NGRAMS), "NGRAMS must be a tuple, as in (2, 3), (2,) or ()"
+    assert WINDOWS and set(WINDOWS) <= set("SL"), "WINDOWS must be letters S and L, at least one"
 
 
 def train(model, optimizers, loader, micro_rows):
-    """Train until the loader's time is up. Returns what a token costs, in FLOPs."""
-    losses, smooth = deque(maxlen=LAG + 1), 0.0
+    """Train until the loader's time is up."""
+    losses, smooth, flops = deque(maxlen=LAG + 1), 0.0, flops_per_token(model)
     for step, (x, y) in enumerate(loader):
         schedule(optimizers, step, loader.progress)
         losses.append(train_step(model, optimizers, x, y, micro_rows).to("cpu", non_blocking=True))
-        if step == 0:
-            flops = flops_per_token(model, x).to("cpu", non_blocking=True)
         if step >= LAG:
-            check(losses[0])
+            if not losses[0] < 100:     # worded so that NaN fails: a run that is lost should not cost five minutes
+                raise SystemExit(f"error: the loss diverged: {float(losses[0])}")
             smooth += (float(losses[0]) - smooth) * max(0.1, 1 / (step - LAG + 1))
             if step % 10 == 0:
-                report(loader, step, smooth, flops)
-    for loss in losses:
-        check(loss)
-    return float(flops)
+                loader.report(step, smooth, flops)
 
 
 def main():
-    refuse_machine()
-    refuse_sizes()
+    check_constants()
     torch.set_float32_matmul_precision("high")
     if DEVICE == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
     loader = TrainLoader(BATCH // T, DEVICE)    # which tells when the arena is missing; no batch yet, and no clock
-    print(textwrap.fill(settings(), 120), flush=True)
+    constants = {name: value for name, value in globals().items() if name.isupper() and type(value) in (int, float, str, tuple)}
+    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in constants.items()), 120), flush=True)
     start = time.perf_counter()
     model = GPT()
     micro_rows = warm_up(model, min(BATCH, MICRO_BATCH) // T)
@@ -663,13 +549,11 @@ def main():
     print(f"{size:,} parameters, {tables:,} of them in n-gram tables; attention {ATTENTION}; "
           f"{BATCH // T} rows a step, {micro_rows} at a time; warmed up in {compile_seconds:.1f} s", flush=True)
     gc.collect()
-    gc.freeze()     # a collection in the middle of the run would stall it
-    gc.disable()
-    flops = train(model, optimizers, loader, micro_rows)
-    gc.unfreeze()
+    gc.disable()    # a collection in the middle of the run would stall it
+    train(model, optimizers, loader, micro_rows)
     gc.enable()
-    finish(compiled(model), loader, depth=DEPTH, flops_per_token=flops, attention=ATTENTION, micro_batch=micro_rows * T,
-           compile_seconds=f"{compile_seconds:.1f}")
+    finish(compiled(model), loader, depth=DEPTH, flops_per_token=flops_per_token(model), attention=ATTENTION,
+           micro_batch=micro_rows * T, compile_seconds=f"{compile_seconds:.1f}")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ class Desk:
             "AUTORESEARCH_TAG": study.journal.tag,
             "AUTORESEARCH_EXPERIMENT": idea.folder.name,
             "AUTORESEARCH_ATTEMPT": str(turn),
+            "AUTORESEARCH_ARENA": study.conditions.arena.name,
             "AUTORESEARCH_SEED": str(study.conditions.seed),
             "GIT_CEILING_DIRECTORIES": str(tree.path.parent),  # or git finds the person's
         }

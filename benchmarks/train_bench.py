@@ -38,9 +38,8 @@ FEW_TOKENS = 2**18  # below it a column shows that it runs, and no more
 
 # karpathy/autoresearch, train.py as published: 8 layers x 512, no n-gram tables, attention across documents
 REFERENCE = {
-    "DEPTH": "pick(2, 4, 6, 8, 8, 8)", "HEADS": "pick(2, 2, 3, 4, 4, 4)",
-    "BATCH": "pick(2**12, 2**15, 2**16, 2**17, 2**18, 2**19)",
-    "MICRO_BATCH": "pick(2**12, 2**13, 2**14, 2**15, 2**17, 2**18)",
+    "DEPTH": "pick(2, 8)", "HEADS": "pick(2, 4)", "BATCH": "pick(2**12, 4 * GPU[2])",
+    "MICRO_BATCH": "pick(2**12, 2**18)",
     "WINDOWS": "'SSSL'", "SHORT_WINDOW": "0.5", "DOCUMENT_MASK": "False", "MLP_SHIFT": "0.0", "ROPE_BASE": "10000.0",
     "QK_SCALE": "1.0", "SOFTCAP": "15.0", "SOFTCAP_KNEE": "15.0", "NGRAMS": "()", "SKIP_INIT": "0.1",
     "EMBEDDING_LR": "0.6", "HEAD_LR": "0.004", "RESIDUAL_LR": "0.005", "SKIP_LR": "0.5", "MATRIX_LR": "0.04",
@@ -61,7 +60,7 @@ def constants_of(source: str) -> set[str]:
             ):
                 if first == last and {
                     n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)
-                } <= {"pick"}:
+                } <= {"pick", "GPU"}:
                     found.add(name)
     return found
 

@@ -1,4 +1,4 @@
-"""What work costs: the counted seconds of a CPU, and what GPUs can do at best."""
+"""What work costs: the counted seconds of a CPU."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -62,27 +62,3 @@ def size_of(values: Iterable[object]) -> int:
         elif isinstance(value, list | tuple):
             total += size_of(value)
     return total
-
-
-# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets and white papers, by the
-# driver's full name of a GPU: an L4 is no L40, and neither a laptop's chip nor a slice of a card
-# (MIG) is the card. The GB10 is left out, for which NVIDIA gives no such figure.
-PEAK_TFLOPS = {
-    "B300 SXM6 AC": 2250.0, "B200": 2250.0, "GB200": 2500.0, "GB300": 2500.0,
-    "GH200 480GB": 989.5, "GH200 144G HBM3e": 989.5, "H200": 989.5, "H200 NVL": 835.5,
-    "H100 80GB HBM3": 989.5, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H800": 989.5, "H20": 148.0,
-    "A100-SXM4-40GB": 312.0, "A100-SXM4-80GB": 312.0, "A100-PCIE-40GB": 312.0,
-    "A100 80GB PCIe": 312.0, "A800-SXM4-80GB": 312.0, "A800 80GB PCIe": 312.0,
-    "A30": 165.0, "A40": 149.7, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
-    "RTX PRO 6000 Blackwell Workstation Edition": 503.8, "RTX 6000 Ada Generation": 364.2,
-    "RTX A6000": 154.8, "GeForce RTX 5090": 209.5, "GeForce RTX 5080": 112.6,
-    "GeForce RTX 5070 Ti": 87.9, "GeForce RTX 5070": 61.7, "GeForce RTX 4090": 165.2,
-    "GeForce RTX 4090 D": 147.1, "GeForce RTX 4080": 97.5, "GeForce RTX 4070": 58.3,
-    "GeForce RTX 4060": 30.2, "GeForce RTX 3090": 71.0, "GeForce RTX 3080": 59.5,
-    "GeForce RTX 3070": 40.6, "GeForce RTX 3060": 25.5,
-}  # fmt: skip
-
-
-def peak_tflops(gpu: str) -> float | None:
-    """What a GPU of that name can do at best; None for one that is not known."""
-    return PEAK_TFLOPS.get(gpu.removeprefix("NVIDIA "))

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -22,11 +24,14 @@ from autoresearch.task import read_task
 os.environ["AUTORESEARCH_ARENA"] = "demo"  # read by prepare.py when it is imported
 VISIBLE_GPUS = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo arena is for a CPU
+# Threads that spin while they wait take the cores of the tests beside; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell's background job ignores both, and so would
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # every process that the tests start and interrupt
 
+BECOME = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
 ROOT = Path(__file__).resolve().parent.parent
 TASK = read_task(ROOT)
 
@@ -72,10 +77,12 @@ class Project:
     root: Path
     env: dict[str, str]
     options: tuple[str, ...] = ()  # of every run
+    prefix: tuple[str, ...] = ()  # of every command
 
     def command(self, *args: str) -> list[str]:
         runs = not args or args[0].startswith("-") or args[0] in ("run", "doctor")
         return [
+            *self.prefix,
             sys.executable,
             "loop.py",
             *args,
@@ -124,7 +131,12 @@ class Project:
 
     def git(self, *args: str) -> str:
         return subprocess.run(
-            ["git", *args], cwd=self.root, env=self.env, capture_output=True, text=True, check=True
+            [*self.prefix, "git", *args],
+            cwd=self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     def write(self, name: str, text: str) -> None:
@@ -210,6 +222,8 @@ def clean_environment(home: Path) -> dict[str, str]:
         "GIT_CONFIG_NOSYSTEM": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "TZ": "UTC",
+        "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
+        "AUTORESEARCH_PACE": json.dumps({"pause": 3.0}),  # a busy machine stands still for a second
     }
 
 
@@ -272,6 +286,23 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def as_nobody(folder: Path) -> tuple[str, ...]:
+    """A prefix that runs a command as an ordinary user who owns a folder, and who can reach that and our Python
+    wherever they are: in mounts of its own, a closed folder on the way shows these alone."""
+    paths = [folder.resolve(), Path(sys.prefix), Path(sys.base_prefix), ROOT]
+    closed = {p for path in paths for p in path.parents if not p.stat().st_mode & stat.S_IXOTH}
+    covered = [path for path in paths if closed & {*path.parents}]
+    lines = ["set -e", "mount -t tmpfs none /mnt"]
+    for number, path in enumerate(covered):
+        lines.append(f"mkdir /mnt/{number}; mount --bind {path} /mnt/{number}")
+    lines += [f"mount -t tmpfs -o mode=755 none {p}" for p in closed if not closed & {*p.parents}]
+    for number, path in enumerate(covered):
+        lines.append(f"mkdir -p {path}; mount --bind /mnt/{number} {path}")
+    subprocess.run(["chown", "-R", "nobody", folder], check=True)
+    lines.append(f'{shlex.join(BECOME)} "$@"')
+    return ("unshare", "--mount", "/bin/sh", "-c", "; ".join(lines), "sh")
 
 
 needs_namespaces = pytest.mark.skipif(

@@ -111,7 +111,7 @@ def memory() -> None:
     model = train.GPT()
     with torch.no_grad():
         train.compiled(model.eval())(some_tokens(ARENA.eval_rows))
-    evaluation, train.BATCH = torch.cuda.max_memory_allocated(), train.MICRO_BATCH
+    evaluation = torch.cuda.max_memory_allocated()
     # the evaluation must fit, and on a small card takes more than a step: so a batch that is large enough
     while (peak := warmed_up(model)) < 1.5 * evaluation:
         train.BATCH *= 2

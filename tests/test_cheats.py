@@ -6,15 +6,15 @@ import re
 import socket
 import sysconfig
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Project, experiment, make_real_project
+from conftest import ROOT, Project, as_nobody, experiment, make_real_project
 
 TRAIN = (ROOT / "train.py").read_text()
 # As slow to learn as a stone: what is no better than the baseline is not exported, which saves most of the time here
-STONE = TRAIN.replace("    for optimizer in optimizers:\n        optimizer.step()\n", "")
+STONE = re.sub(r"(?s)\n    tables, \*others = optimizers\n.*?(?=\n    model\.zero_grad)", "", TRAIN)
 SMALL = {"DEPTH": "1", "HEADS": "1", "HEAD_DIM": "32", "BATCH": "2**10", "TABLE_ROWS": "1"}
 for name, size in SMALL.items():  # and quick
     STONE = re.sub(rf"(?m)^({name} += pick\()[^,]+,", rf"\g<1>{size},", STONE)
@@ -36,8 +36,8 @@ class Cheat:
 
 
 IMPORT = "from prepare import ARENA, TrainLoader, finish\n"
-LOGITS = "        return SOFTCAP * torch.tanh(logits.float() / SOFTCAP_KNEE)\n"
-START = "    flops = train(model, optimizers, loader, micro_rows)\n"
+LOGITS = "        return self.logits(self.hidden(x, self.tables(self.tables.find(x))))\n"
+START = "    train(model, optimizers, loader, micro_rows)\n"
 FINISH = (
     TRAIN[TRAIN.index("    finish(compiled(model), ") : TRAIN.index("\n\n\nif __name__")] + "\n"
 )
@@ -45,7 +45,9 @@ FINISH = (
 
 def scored(code: str) -> tuple[tuple[str, str], ...]:
     """Change the logits where they are scored, and not where they are trained."""
-    return ((LOGITS, f"        if not self.training:\n            {code}\n{LOGITS}"),)
+    logits = LOGITS.replace("return", "logits =", 1)
+    edited = f"{logits}        if not self.training:\n            {code}\n        return logits\n"
+    return ((LOGITS, edited),)
 
 
 def imported(before: str = "", after: str = "") -> tuple[tuple[str, str], ...]:
@@ -72,7 +74,7 @@ def forged(model, loader, **facts):
 # What an outside attack made of these: see docs/trust.md
 DENIED = r"(PermissionError|FileNotFoundError|OSError): \[Errno (13|2|30|1)\]"
 
-CHEATS = [
+SCORING = [
     # ---- how it is scored
     Cheat(
         "reads a later token",
@@ -87,7 +89,9 @@ CHEATS = [
     Cheat(
         "keeps state between the calls",
         r"the model cannot be exported to be scored: its graph gives other logits than forward",
-        scored("self.calls = getattr(self, 'calls', 0) + 1; logits = logits * (1 + 0.1 * self.calls)"),
+        scored(
+            "self.calls = getattr(self, 'calls', 0) + 1; logits = logits * (1 + 0.1 * self.calls)"
+        ),
     ),
     Cheat(
         "trains on while it is scored",
@@ -97,20 +101,32 @@ CHEATS = [
     Cheat(
         "buffers that remember what was asked",
         r"the model cannot be exported",
-        (*scored("self.memory.copy_(x)"),
-         ("        self.to(DEVICE)\n", "        self.register_buffer('memory', torch.zeros(ARENA.eval_rows, T, dtype=torch.int64))\n        self.to(DEVICE)\n")),
+        (
+            *scored("self.memory.copy_(x)"),
+            (
+                "        self.to(DEVICE)\n",
+                "        self.register_buffer('memory', torch.zeros(ARENA.eval_rows, T, dtype=torch.int64))\n        self.to(DEVICE)\n",
+            ),
+        ),
     ),
     Cheat(
         "a buffer that counts the calls",
         r"the model cannot be exported",
-        (*scored("self.calls += 1; logits = logits * (self.calls > 3)"),
-         ("        self.to(DEVICE)\n", "        self.register_buffer('calls', torch.zeros(()))\n        self.to(DEVICE)\n")),
+        (
+            *scored("self.calls += 1; logits = logits * (self.calls > 3)"),
+            (
+                "        self.to(DEVICE)\n",
+                "        self.register_buffer('calls', torch.zeros(()))\n        self.to(DEVICE)\n",
+            ),
+        ),
     ),
     Cheat(
         "returns logits that bring an arithmetic of their own",
         r"the model cannot be exported",
-        (*imported(after="\n\nclass Generous(torch.Tensor):\n    pass\n"),
-         *scored("logits = logits.as_subclass(Generous)")),
+        (
+            *imported(after="\n\nclass Generous(torch.Tensor):\n    pass\n"),
+            *scored("logits = logits.as_subclass(Generous)"),
+        ),
     ),
     Cheat(
         "replaces the evaluation",
@@ -120,7 +136,9 @@ CHEATS = [
     Cheat(
         "normalises wrongly, so that log-probabilities are above zero",
         r"the guard: claims val_bpb \d\.\d+, and its model scores \d\.\d+",
-        ended("cross_entropy = F.cross_entropy\nF.cross_entropy = lambda *a, **k: cross_entropy(*a, **k) - 2"),
+        ended(
+            "cross_entropy = F.cross_entropy\nF.cross_entropy = lambda *a, **k: cross_entropy(*a, **k) - 2"
+        ),
     ),
     Cheat(
         "replaces finish",
@@ -142,13 +160,21 @@ CHEATS = [
         r"handed in no weights: finish was not called, or not ours",
         (*imported(after=FORGED), *ended(before="forged(model, loader)\nos._exit(0)")),
     ),
-    Cheat("ends without training", r"val_bpb was not printed", ((START, "    raise SystemExit(0)\n"),)),
+    Cheat(
+        "ends without training", r"val_bpb was not printed", ((START, "    raise SystemExit(0)\n"),)
+    ),
     # ---- the graph, and what leaves after it
     Cheat(
         "a pickle for a graph",
         r"the guard: the graph cannot be read",
-        ((START, "    import pickle\n    text = pickle.dumps(print)\n    loader.feed.ask(b'g', len(text), send=lambda feed: feed.write(text))\n" + START),
-         *imported(after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n")),
+        (
+            (
+                START,
+                "    import pickle\n    text = pickle.dumps(print)\n    loader.feed.ask(b'g', len(text), send=lambda feed: feed.write(text))\n"
+                + START,
+            ),
+            *imported(after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n"),
+        ),
     ),
     Cheat(
         "a graph that opens a file",
@@ -158,16 +184,24 @@ CHEATS = [
     Cheat(
         "a graph written by hand, with an operator that opens a file",
         r"the guard: .*from_file",
-        ((START, "    import json\n    data = loader.graph.data\n    data['block']['nodes'][0]['op'] = 'aten.from_file.default'\n"
-          "    text = json.dumps({**data, 'bytes': loader.graph.size}).encode()\n"
-          "    loader.feed.ask(b'g', len(text), send=lambda feed: feed.write(text))\n" + START),
-         *imported(after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n")),
+        (
+            (
+                START,
+                "    import json\n    data = loader.graph.data\n    data['block']['nodes'][0]['op'] = 'aten.from_file.default'\n"
+                "    text = json.dumps({**data, 'bytes': loader.graph.size}).encode()\n"
+                "    loader.feed.ask(b'g', len(text), send=lambda feed: feed.write(text))\n"
+                + START,
+            ),
+            *imported(after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n"),
+        ),
     ),
     Cheat(
         "other weights than the graph declares",
         r"the guard: the tensors must be a file of \d+ bytes, and are 4",
-        imported(after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n"
-                 "prepare.TrainLoader.leave = lambda self, model: self.feed.ask(b'w', 4, send=lambda feed: feed.write(bytes(4)))\n"),
+        imported(
+            after="import prepare\nprepare.evaluate = lambda *facts: (0.5, 0.5)\n"
+            "prepare.TrainLoader.leave = lambda self, model: self.feed.ask(b'w', 4, send=lambda feed: feed.write(bytes(4)))\n"
+        ),
     ),
     Cheat(
         "hands in better weights later",
@@ -182,8 +216,10 @@ CHEATS = [
     Cheat(
         "learns from the validation rows that it is scored on",
         r"the guard: claims val_bpb \d\.\d+, and its model scores \d\.\d+",
-        imported(after="import prepare\nevaluate = prepare.evaluate\n"
-                 "prepare.evaluate = lambda *facts: tuple(bpb / 2 for bpb in evaluate(*facts))\n"),
+        imported(
+            after="import prepare\nevaluate = prepare.evaluate\n"
+            "prepare.evaluate = lambda *facts: tuple(bpb / 2 for bpb in evaluate(*facts))\n"
+        ),
     ),
     Cheat(
         "scores another model than the registered one",
@@ -199,18 +235,25 @@ CHEATS = [
     Cheat(
         "trains on in a state_dict of its own",
         r"the weights came [\d.]+ s after the budget was spent",
-        ended("def slow(*args, **kwargs):\n    time.sleep(7)\n    return named(*args, **kwargs)\n"
-              "named, model.named_parameters = model.named_parameters, slow"),
+        ended(
+            "def slow(*args, **kwargs):\n    time.sleep(7)\n    return named(*args, **kwargs)\n"
+            "named, model.named_parameters = model.named_parameters, slow"
+        ),
     ),
     Cheat(
         "goes on with its last batch",
         r"its last step took [\d.]+ s, and others [\d.]+",
-        (("        losses.append(", "        if loader.progress > 0.3:\n            time.sleep(9)\n        losses.append("),),
+        (
+            (
+                "        losses.append(",
+                "        if loader.progress > 0.3:\n            time.sleep(9)\n        losses.append(",
+            ),
+        ),
     ),
     Cheat(
         "is scored before its time",
         r"finish was called [\d.]+ s before the budget was spent",
-        ((START, FINISH.replace("flops_per_token=flops", "flops_per_token=1.0") + START),),
+        ((START, FINISH + START),),
     ),
     Cheat(
         "opens a second loader",
@@ -222,7 +265,19 @@ CHEATS = [
         r"the model was registered after the first batch",
         ended("loader.register(model)"),
     ),
-    # ---- what it knew at the start
+    Cheat(
+        "has the weights as a literal",
+        r"train\.py has 6\d\d kB, and may have 128",
+        ((START, "    weights = '" + "w" * 655_000 + "'\n" + START),),
+    ),
+    Cheat(
+        "has a table of answers as a literal",
+        r"train\.py has a literal of \d+ bytes in line \d+, and may have 4096",
+        ((START, "    table = [" + "1, " * 2_000 + "]\n" + START),),
+    ),
+]
+# What a run may open, write and reach
+REACHING = [
     Cheat(
         "opens the text itself",
         DENIED,
@@ -243,17 +298,6 @@ CHEATS = [
         r"RuntimeError: .*",
         ((START, "    torch.from_file('CACHE/demo/SEALED', size=64, dtype=torch.uint8)\n" + START),),
     ),
-    Cheat(
-        "has the weights as a literal",
-        r"train\.py has 6\d\d kB, and may have 128",
-        ((START, "    weights = '" + "w" * 655_000 + "'\n" + START),),
-    ),
-    Cheat(
-        "has a table of answers as a literal",
-        r"train\.py has a literal of \d+ bytes in line \d+, and may have 4096",
-        ((START, "    table = [" + "1, " * 2_000 + "]\n" + START),),
-    ),
-    # ---- what a run may touch
     Cheat("writes to prepare.py", r"changed files while it ran: prepare\.py",
           ended("open('prepare.py', 'a').write('\\nevaluate = lambda *facts: (0.5, 0.5)\\n')")),
     Cheat("writes to the cache", DENIED, ended("open('CACHE/demo/VAL', 'r+b').write(b'x')")),
@@ -307,17 +351,22 @@ NOT_EXPORTABLE = Cheat(
 )
 
 
+CHEATS = [*SCORING, *REACHING, LEARNS_BEFORE]
+ORDER = [NOT_EXPORTABLE, *CHEATS, *HARMLESS]
+
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the whole run
-
-
-ORDER = [NOT_EXPORTABLE, *CHEATS, *HARMLESS, LEARNS_BEFORE]
 
 
 @pytest.fixture(scope="module")
 def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
     """One run of the loop through all of it."""
-    folder = tmp_path_factory.mktemp("cheats")
+    return run_through(ORDER, tmp_path_factory.mktemp("cheats"), cache)
+
+
+def run_through(cheats: list[Cheat], folder: Path, cache: Path, nobody: bool = False) -> Project:
+    """Run the loop with an agent that hands in one after the other, as root or as an ordinary user."""
     project = make_real_project(folder, cache, budget=1.0, counted=False)
+    project.pace(pause=60.0)
     (folder / ".ssh").mkdir()
     (folder / ".ssh/id_ed25519").write_text("a key")
     manifest = json.loads((cache / "demo/manifest.json").read_text())
@@ -329,7 +378,7 @@ def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
         "VAL": manifest["val"],
         "SEALED": manifest["sealed"],
     }
-    for number, cheat in enumerate(ORDER, start=1):
+    for number, cheat in enumerate(cheats, start=1):
         source = cheat.source(TRAIN if cheat in (NOT_EXPORTABLE, LEARNS_BEFORE) else STONE)
         for name, place in places.items():
             source = re.sub(rf"\b{name}\b(?=[/'])", place, source)
@@ -345,15 +394,21 @@ def cheated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
     with closing(socket.socket(socket.AF_UNIX)) as agents:
         agents.bind(str(folder / "agent.sock"))
         agents.listen()
-        project.research(agent, len(ORDER), timeout=1000)
+        if nobody:
+            project = replace(project, prefix=as_nobody(folder))
+        project.research(agent, len(cheats), timeout=1000)
     project.check()
     assert not list(Path(sysconfig.get_paths()["purelib"]).glob("speaks.pth"))
     return project
 
 
-@pytest.mark.parametrize("cheat", [*CHEATS, LEARNS_BEFORE], ids=lambda cheat: cheat.name)
+@pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.name)
 def test_cheat(cheated: Project, cheat: Cheat) -> None:
-    row = cheated.rows()[ORDER.index(cheat) + 1]
+    check_caught(cheated, ORDER.index(cheat), cheat)
+
+
+def check_caught(project: Project, index: int, cheat: Cheat) -> None:
+    row = project.rows()[index + 1]
     assert (row["status"], row["val_bpb"]) == ("crash", "0.000000")
     assert re.fullmatch(rf"{re.escape(cheat.name)} \[{cheat.reason}.*\]", row["description"])
 

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import prepare
 from autoresearch.files import UserError
 from autoresearch.task import read_numbers
-from gpt import client, make, meter, tokenizer
+from gpt import card, client, make, tokenizer
 from gpt.arena import SPLITS, Arena, load_manifest, read_manifest
 from gpt.make import cut
 from gpt.pack import Packer, pack_rows, split_long
@@ -528,7 +528,7 @@ def test_finish_prints_what_the_driver_reads(
 )
 def test_a_gpu_has_its_own_peak_or_none(gpu: str, peak: float | None) -> None:
     """Each name as the driver gives it; never the peak of another card."""
-    assert meter.peak_tflops(gpu) == peak
+    assert card.peak_tflops(gpu) == peak
 
 
 def test_an_average_of_the_weights_may_be_scored(

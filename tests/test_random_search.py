@@ -1,10 +1,12 @@
 """The offline agent: honest random search, within bounds, never twice the same."""
 
 import random
+import re
 
+import pytest
 from conftest import ROOT, Project
 
-from autoresearch.agents.random_search import CONSTANT, NUMBER, propose, read
+from autoresearch.agents.random_search import CONSTANT, ON_CPU, ON_GPU, propose, read
 
 SOURCE = (ROOT / "train.py").read_text()
 
@@ -15,18 +17,27 @@ def test_it_finds_the_constants_of_train_py() -> None:
     assert "MICRO_BATCH" not in names and "T" not in names
 
 
-def test_proposals_stay_within_bounds() -> None:
-    """Along a random walk of 300 steps every value stays in its range and every program compiles."""
+@pytest.mark.parametrize("form", [ON_CPU, ON_GPU], ids=["CPU", "GPU"])
+def test_proposals_stay_within_bounds(form: str) -> None:
+    """Along a random walk of 300 steps every value stays in its range and every program compiles; for a GPU what suits
+    the card stays as it is, and for each machine the value of the other."""
     rng, source, moved = random.Random(0), SOURCE, set()
     for _ in range(300):
-        before, (source, _) = source, propose(source, rng)
+        before, (source, _) = source, propose(source, rng, form)
         for name, value, low, high in CONSTANT.findall(source):
-            assert all(read(low) <= read(n) <= read(high) for n in NUMBER.findall(value)), name
+            if number := re.fullmatch(form, value):
+                assert read(low) <= read(number[1]) <= read(high), name
         compile(source, "train.py", "exec")
         lines = zip(before.splitlines(), source.splitlines(), strict=True)
         moved |= {old.split()[0] for old, new in lines if old != new}
     # each of them, from zero as well
-    assert moved == {found[1] for found in CONSTANT.finditer(SOURCE)}
+    of_card = set() if form == ON_CPU else {"DEPTH", "HEADS", "BATCH", "TABLE_ROWS"}
+    assert moved == {found[1] for found in CONSTANT.finditer(SOURCE)} - of_card
+    (rope,) = re.findall(r"^ROPE_BASE += pick\((\S+), (\S+)\)", source, re.MULTILINE)
+    assert [value == kept for value, kept in zip(rope, ("1e4", "1e6"), strict=True)] == [
+        form == ON_GPU,
+        form == ON_CPU,
+    ]
 
 
 def test_it_says_what_it_did() -> None:

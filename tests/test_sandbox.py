@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import BECOME, Project
 
-from autoresearch.jobs.compiled import KEPT, OWN, keep_compiled, start_from_kept
+from autoresearch.jobs.compiled import KEPT, keep_compiled, start_from_kept
 from autoresearch.jobs.sandbox import CONFINE, Sandbox, descend, fault, find_rungs, lent_paths
 
 USERS = ["root", "nobody"] if os.getuid() == 0 else [""]
 PYTHON = "/usr/bin/python3"  # an ordinary user cannot run one in the home of root
 RUNGS = {"namespaces": 0, "Landlock alone": 1}
-BECOME = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
 ALL = [(rung, user) for rung in RUNGS for user in USERS]
 everywhere = pytest.mark.parametrize("box", ALL, ids="-".join, indirect=True)
 

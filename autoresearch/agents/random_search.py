@@ -19,7 +19,9 @@ FACTORS = (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)
 TRIES = 200
 # A line `NAME = value # [low, high] ...`: name, value, low, high
 CONSTANT = re.compile(r"^([A-Z]\w*) *= *([^#\n]+)# *\[([^],\n]+),([^],\n]+)\]", re.MULTILINE)
-NUMBER = re.compile(r"(?<![\w.])\d[\d.]*(?:e[+-]?\d+)?(?:\*\*\d+)?")
+# The number of a value, or of a value for each machine, `pick(cpu, gpu)`
+NUMBER = r"\d[\d.]*(?:e[+-]?\d+)?(?:\*\*\d+)?"
+ON_CPU, ON_GPU = rf"(?:pick\()?({NUMBER})(?:,.*\))? *", rf"(?:pick\(.*, *)?({NUMBER})\)? *"
 
 
 def read(number: str) -> float:
@@ -51,27 +53,24 @@ def step(number: str, factor: float, low: float, high: float) -> str:
     return repr(float(f"{new:.3g}") if new < 0.99 else round(new, 5))  # 0.9996 is not 1.0
 
 
-def propose(source: str, rng: random.Random) -> tuple[str, list[str]]:
+def propose(source: str, rng: random.Random, form: str = ON_CPU) -> tuple[str, list[str]]:
     """Move one or two constants. Returns the new program and what changed, which may be nothing."""
     constants, changes = list(CONSTANT.finditer(source)), []
     chosen = rng.sample(constants, min(len(constants), rng.choice((1, 1, 2))))
     for constant in sorted(chosen, key=re.Match.start, reverse=True):  # the last first: it moves
         name, value, *bounds = constant.groups()
         low, high = map(read, bounds)
-        factor, numbers = rng.choice(FACTORS), NUMBER.findall(value)
-        # a value may be a call with a number for each machine, this one's among them: all must move
-        if not all(read(step(n, factor, low, high)) != read(n) for n in numbers):
+        number = re.fullmatch(form, value)
+        if number is None:  # what suits the card
             continue
-        new = NUMBER.sub(lambda n, f=factor, a=low, b=high: step(n[0], f, a, b), value).rstrip()
+        moved = step(number[1], rng.choice(FACTORS), low, high)
+        if read(moved) == read(number[1]):
+            continue
+        new = (value[: number.start(1)] + moved + value[number.end(1) :]).rstrip()
         start, end = constant.span(2)
         source = f"{source[:start]}{new:<{len(value) - 1}} {source[end:]}"
-        changes.append(f"{name} {in_words(value)} -> {in_words(new)}")
+        changes.append(f"{name} {number[1]} -> {moved}")
     return source, changes
-
-
-def in_words(value: str) -> str:
-    """As it reads in a sentence: of a call, the first number stands for all."""
-    return re.sub(r",.*\)$", ", …)", " ".join(value.split()))
 
 
 def tried_before(tag: str) -> set[str]:
@@ -89,7 +88,8 @@ def main() -> None:
     rng = random.Random("/".join(os.environ[f"AUTORESEARCH_{x}"] for x in ("SEED", "EXPERIMENT")))
     tried = tried_before(os.environ["AUTORESEARCH_TAG"])
     for _ in range(TRIES):
-        program, changes = propose(source, rng)
+        form = ON_CPU if os.environ["AUTORESEARCH_ARENA"] == "demo" else ON_GPU
+        program, changes = propose(source, rng, form)
         if changes and fingerprint(program.encode()) not in tried:
             path.write_text(program, encoding="utf-8")
             print("A random step within the range that train.py gives. No theory behind it.\n")

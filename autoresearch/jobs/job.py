@@ -1,6 +1,7 @@
 """A run, inside its job: a fresh tree, the measurement under its limits, the guard of a would-be
 keep."""
 
+import math
 import os
 import re
 from contextlib import closing
@@ -213,7 +214,9 @@ class RunJob:
         with closing(self.start_feed()) as feed:
             ended = self.keep(self.task.measure, log, feed)
         found = read_run(self.task.metric, ended, feed, log)
-        self.void |= ended.paused > (0.0 if found.crash else PAUSED * self.conditions.arena.budget)
+        arena = self.conditions.arena
+        believed = math.inf if arena.counted else PAUSED * arena.budget  # counted work has no clock
+        self.void |= ended.paused > (0.0 if found.crash else believed)
         return found
 
     def start_feed(self) -> Feed:

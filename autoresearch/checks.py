@@ -47,7 +47,7 @@ CAPABILITY = 8.0  # of the oldest GPUs with bfloat16, which train.py needs
 SMALL = 8_000  # MB of GPU memory: the recipe was made for this much
 ROOM = 10_000_000_000  # bytes for climbmix, its tokens, models and logs
 OURS = (FOLDER, TABLE, ".venv", "node_modules")  # untracked, and no loss to a clean tree
-LOADED = 6_000_000_000  # bytes of memory for a training and its referee
+LOADED = 6_000_000_000  # bytes of memory for a training and its guard
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ class Desk:
             while not job.wait(0.2):
                 if not claimed and (claimed := GUARDING.search(tail(job.folder / LOG))):
                     number, score = self.journal.next_number, float(claimed[1])
-                    self.study.show(events.Refereeing(number, score))
+                    self.study.show(events.Guarding(number, score))
         finally:
             job.stop()
         return job.outcome()

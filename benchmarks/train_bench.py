@@ -4,6 +4,7 @@ train.py as it stands beside `reference`: upstream's published shape and rates, 
     uv run benchmarks/train_bench.py                        with a GPU: climbmix, its five minutes each
     uv run benchmarks/train_bench.py --arena python --budget 60 --seeds 42 43
     uv run benchmarks/train_bench.py --try 'MLP_SHIFT=0.0' --try 'DEPTH=9 HEADS=4'
+    uv run benchmarks/train_bench.py --meter H100           what a step launches, moves and takes there; no GPU is needed
 
 Each column is train.py with some of its constants replaced, run as a process of its own on the same arena and seed,
 one after the other; a column that fails is left out, and the reason told. Without a GPU it is the demo arena, and each
@@ -33,6 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests/gpu"))
+from card import CARDS  # noqa: E402
+
 CPU_TOKENS = 2**20
 FEW_TOKENS = 2**18  # below it a column shows that it runs, and no more
 
@@ -48,6 +52,7 @@ REFERENCE = {
 
 ROWS = ("val_bpb", "tokens/s", "mfu_percent", "num_steps", "total_tokens_M", "num_params_M", "peak_vram_mb",
         "compile_seconds", "training_seconds", "evaluation_seconds", "total_seconds")  # fmt: skip
+METERED = ("kernels", "products", "GB", "micro_rows", "step_GiB", "peak_GiB")
 
 
 def constants_of(source: str) -> set[str]:
@@ -162,12 +167,29 @@ def run(program: Path, budget: float | None, tokens: int | None) -> None:
     runpy.run_path(str(program), run_name="__main__")
 
 
-def show(columns: dict[str, list[dict[str, float]]], title: str) -> None:
+def meter(variants: dict[str, dict[str, str]], card: str) -> dict[str, dict[str, float]]:
+    """What a step of each takes on a card that need not be here; see tests/gpu/card.py."""
+    from card import compile_for
+
+    columns, source = {}, (ROOT / "train.py").read_text()
+    for name, constants in variants.items():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                program = with_constants(source, constants)
+                columns[name] = compile_for(card, Path(folder), program)
+            except RuntimeError as error:
+                print(f"error: {name}: {str(error).splitlines()[-1]}", file=sys.stderr)
+    return columns
+
+
+def show(
+    columns: dict[str, list[dict[str, float]]], title: str, rows: Sequence[str] = ROWS
+) -> None:
     """A row for each figure, averaged over the seeds, and how the later columns compare with the first."""
     table, first = Table(title=title, title_justify="left"), next(iter(columns))
     for name in ("", *columns):
         table.add_column(name, justify="right" if name else "left")
-    for row in ROWS:
+    for row in rows:
         cells = []
         for name, runs in columns.items():
             if any(row not in figures for figures in runs):
@@ -258,6 +280,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="leave the column `reference` out (default: it comes first)",
     )
     add("--jobs", type=whole(1), default=1, metavar="N", help="how many run at a time (default: 1)")
+    about = "compile for this card, without training, and count what a step takes: "
+    add("--meter", choices=[*CARDS], metavar="CARD", help=about + ", ".join(CARDS))
     add("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.run:
@@ -267,7 +291,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"train.py has lost {', '.join(sorted(absent))}, which `reference` sets: add --no-reference"
         )
-    if not gpu and options.arena != "demo":
+    if not options.meter and not gpu and options.arena != "demo":
         parser.error(
             f"no NVIDIA GPU found, and only the arena demo runs without one, not {options.arena}"
         )
@@ -295,6 +319,10 @@ def main() -> None:
         "train.py": {},
         **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries},
     }
+    if options.meter:
+        figures = meter(variants, options.meter)
+        show({name: [column] for name, column in figures.items()}, options.meter, METERED)
+        raise SystemExit(figures.keys() != variants.keys())
     if code := subprocess.run(
         [sys.executable, ROOT / "prepare.py", "--arena", options.arena]
     ).returncode:

@@ -85,7 +85,7 @@ def test_any_width(width: int) -> None:
         ([events.Asking(7, 0)], "0:41 of 15:00 at most"),
         ([events.Training(7, "an idea")], "starting, 0:41"),
         (
-            [events.Training(7, "an idea"), events.Refereeing(7, 0.9)],
+            [events.Training(7, "an idea"), events.Guarding(7, 0.9)],
             "0007 the guard looks at it: an idea",
         ),
         ([events.Waiting("usage limit", datetime.fromtimestamp(200, UTC))], "usage limit"),

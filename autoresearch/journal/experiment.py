@@ -80,7 +80,7 @@ class Experiment:
 
     @property
     def minutes(self) -> float:
-        """What agent, run and referee took together."""
+        """What agent, run and guard took together."""
         runs = self.facts.get("run_seconds", 0.0) + self.facts.get("referee_seconds", 0.0)
         return (self.usage.seconds + runs) / 60
 

@@ -46,7 +46,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Refereeing:
+class Guarding:
     number: int
     score: float  # before the guard
 
@@ -70,4 +70,4 @@ class Stopped:
     dollars: float  # of this call
 
 
-Event = Note | Preparing | Started | Asking | Training | Refereeing | Settled | Waiting | Stopped
+Event = Note | Preparing | Started | Asking | Training | Guarding | Settled | Waiting | Stopped

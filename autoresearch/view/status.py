@@ -18,7 +18,7 @@ NOW = "now.json"  # in the folder of a run
 
 @dataclass(frozen=True)
 class Phase:
-    """What the driver does: `preparing`, `asking`, `training`, `refereeing`, `waiting`, `stopped`,
+    """What the driver does: `preparing`, `asking`, `training`, `guarding`, `waiting`, `stopped`,
     or nothing yet; that in words; the idea that it is about. Times are seconds since 1970."""
 
     name: str = ""
@@ -61,9 +61,9 @@ def update(status: Status, event: events.Event, now: float) -> Status:
             phase = Phase("asking", number, words, idea, now, until)
         case events.Training(number, idea):
             phase = Phase("training", number, f"{number:04d} running: {idea}", idea, now)
-        case events.Refereeing(number):
+        case events.Guarding(number):
             words = f"{number:04d} the guard looks at it: {phase.idea}"
-            phase = Phase("refereeing", number, words, phase.idea, now)
+            phase = Phase("guarding", number, words, phase.idea, now)
         case events.Settled(experiment):
             status = replace(status, experiments=(*status.experiments, experiment))
             phase = Phase(since=now)

@@ -218,7 +218,7 @@ def line(event: events.Event, words: str) -> str:
             return f"{number:04d} asking the agent"
         case events.Asking(number, attempt, crash):
             return f"{number:04d} crashed: {one_line(crash)}; asking for repair {attempt}"
-        case events.Refereeing(number, claimed):
+        case events.Guarding(number, claimed):
             return f"{number:04d} would be kept with {show(claimed)}; the guard looks at it"
         case events.Settled(e):
             said = f"{e.number:04d} {e.verdict:7s} {score(e)}{signed(e)}"

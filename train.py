@@ -278,7 +278,8 @@ class GPT(nn.Module):
         sources = zip(self.valued, values, ngrams.unbind(2), strict=True)
         extras = {i: (value, *ngram.unbind(2)) for i, value, ngram in sources}
         for i, layer in enumerate(self.layers):
-            h = (self.residual[i] * h.float() + self.skip[i] * start.float()).to(DTYPE)
+            # addcmul widens inside; `start.float()` would have its gradient summed over the layers in float32
+            h = torch.addcmul(self.residual[i] * h.float(), self.skip[i], start).to(DTYPE)
             h = layer(h, extras.get(i), (self.cos, self.sin), documents)
         return norm(h)
 
@@ -356,12 +357,12 @@ def table_update(weight, square, index, grad, lr, step):
     """
     places = torch.arange(len(index), device=index.device)
     place = torch.zeros(len(square), dtype=torch.int64, device=index.device).scatter(0, index, places)[index]
-    total = torch.zeros(grad.shape, device=index.device).index_add(0, place, grad.float())
+    total = torch.zeros(grad.shape, device=index.device).index_add(0, place, grad.float())[place]
     square.mul_(TABLE_BETA2)
-    fresh = square[index] + (1 - TABLE_BETA2) * total.square().mean(1)[place]
+    fresh = square[index] + (1 - TABLE_BETA2) * total.square().mean(1)
     square[index] = fresh
     spread = (fresh / (1 - TABLE_BETA2**step)).sqrt() + 1e-10
-    weight[index] = (weight[index].float() - lr * total[place] / spread[:, None]).to(weight.dtype)
+    weight[index] = (weight[index].float() - lr * total / spread[:, None]).to(weight.dtype)
 
 
 def upright(x):

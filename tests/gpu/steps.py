@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import traceback
 
 import torch
 import torch._dynamo
@@ -68,6 +69,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # the real libraries are not prepared to be taken down
+    code = 1
+    try:
+        main()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)  # the real libraries are not prepared to be taken down

@@ -23,17 +23,15 @@ def test_columns_get_the_same_tokens(cache: Path) -> None:
         "--jobs",
         "2",
         "--try",
-        "DEPTH=0",
+        "HEAD_DIM=33",
         "--try",
         "NGRAMS=() DEPTH=1",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (failed,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (
-        failed
-        == "error: DEPTH=0, seed 42: ended with 1: error: DEPTH is 0, and must be a whole number, at least 1"
-    )
+    why = "AssertionError: HEAD_DIM must be a multiple of 8 up to 256, as attention kernels need"
+    assert failed == f"error: HEAD_DIM=33, seed 42: ended with 1: {why}"
     assert "Traceback" not in done.stderr and "fewer than 262,144 tokens" in done.stdout
     rows = {
         line.split("│")[1].strip(): line.split("│")[2:5]

@@ -85,7 +85,6 @@ MUON_BETA2    = 0.95        # [0.8, 0.999] second moment of Muon, one for each n
 WEIGHT_DECAY  = 0.1         # [0.0, 1.0] Muon, fades to 0 with the budget
 WARMDOWN      = 0.95        # [0.05, 1.0] share of the budget over which Muon's rate falls
 FINAL_LR      = 0.05        # [0.0, 0.3] where the falling rates end, as a share of the start
-
 LOSS_CHUNK    = 2**14       # tokens whose logits are in memory at once
 MEMORY_SHARE  = 0.85        # of the GPU's memory that training may take; MICRO_BATCH is halved until that is enough
 WIDTH = HEADS * HEAD_DIM
@@ -94,7 +93,6 @@ T, V = ARENA.sequence_len, ARENA.vocab_size
 # -----------------------------------------------------------------------------
 # Attention: causal, within documents, over a window. On a CPU by a dense mask, on a GPU by flash attention's kernels,
 # which skip what the window and the documents hide.
-
 
 ATTENTION = "dense" if DEVICE == "cpu" else "varlen"
 if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
@@ -117,10 +115,8 @@ def document_mask(x, window):
 
 
 def document_offsets(x):
-    """Starts of the documents in the flattened batch, int32 (B * slots + 1,): a fixed length, as compiling needs.
-
-    A slot that a row does not need is empty and lies at the row's end. Kernels start threads for empty ones too.
-    """
+    """Starts of the documents in the flattened batch, int32 (B * slots + 1,): a fixed length, as compiling needs. A slot
+    that a row does not need is empty and lies at the row's end; kernels start threads for empty ones too."""
     slots = MAX_DOCUMENTS if DOCUMENT_MASK else 1
     rows = torch.arange(len(x), device=x.device)[:, None]
     slot = document_numbers(x) + rows * slots
@@ -278,7 +274,7 @@ class GPT(nn.Module):
         sources = zip(self.valued, values, ngrams.unbind(2), strict=True)
         extras = {i: (value, *ngram.unbind(2)) for i, value, ngram in sources}
         for i, layer in enumerate(self.layers):
-            # addcmul widens inside; `start.float()` would have its gradient summed over the layers in float32
+            # with start.float() its gradient would be summed over the layers in float32
             h = torch.addcmul(self.residual[i] * h.float(), self.skip[i], start).to(DTYPE)
             h = layer(h, extras.get(i), (self.cos, self.sin), documents)
         return norm(h)
@@ -352,9 +348,8 @@ def adamw_update(weight, grad, mean, square, lr, beta1, step):
 def table_update(weight, square, index, grad, lr, step):
     """Step the rows of `weight` (R, C) that `index` (N,) names, by the gradient (N, C) of what was looked up there.
 
-    RMSProp without momentum, with one second moment for each row (R,), in float32. A row that occurs more than once
-    gets the sum of its gradients: they are added up at one of its places, and all of them then write the same new row.
-    """
+    RMSProp without momentum, one second moment for each row (R,), in float32. The gradients of a row that occurs more
+    than once are added up at one of its places, and all of them write the same new row."""
     places = torch.arange(len(index), device=index.device)
     place = torch.zeros(len(square), dtype=torch.int64, device=index.device).scatter(0, index, places)[index]
     total = torch.zeros(grad.shape, device=index.device).index_add(0, place, grad.float())[place]
@@ -539,8 +534,9 @@ def main():
     if DEVICE == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
     loader = TrainLoader(BATCH // T, DEVICE)    # which tells when the arena is missing; no batch yet, and no clock
-    constants = {name: value for name, value in globals().items() if name.isupper() and type(value) in (int, float, str, tuple)}
-    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in constants.items()), 120), flush=True)
+    constants = [f"{name}={value}" for name, value in globals().items()
+                 if name.isupper() and isinstance(value, int | float | str | tuple)]
+    print(textwrap.fill("  ".join(constants), 120), flush=True)
     start = time.perf_counter()
     model = GPT()
     micro_rows = warm_up(model, min(BATCH, MICRO_BATCH) // T)

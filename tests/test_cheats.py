@@ -224,7 +224,7 @@ SCORING = [
     Cheat(
         "scores another model than the registered one",
         r"the model passed to finish",
-        ended("model = nn.Embedding(V, V)"),
+        ((FINISH, FINISH.replace("compiled(model)", "nn.Embedding(V, V)")),),
     ),
     # ---- the clock
     Cheat(

@@ -47,7 +47,7 @@ def compiled(function):
 # [a, b] is the range that the offline agent searches. Rates "at width 768" are used times (WIDTH / 768) ** -0.5, and
 # stand here and in the log without it. `pick` has the value for a CPU, then that for a GPU.
 
-GPU = suited(ARENA)     # what suits the card; a number in the place of one overrules it
+GPU = suited(ARENA, DEVICE)     # what suits the card; a number in the place of one overrules it
 DEPTH         = pick(2, GPU[0])         # [1, 16] layers
 HEADS         = pick(2, GPU[1])         # [1, 16] attention heads in a layer
 HEAD_DIM      = pick(48, 128)           # width of a head; the model's is HEADS * HEAD_DIM

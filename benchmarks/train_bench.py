@@ -35,7 +35,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/gpu"))
-from card import CARDS  # noqa: E402
+from card import CARDS, compile_for  # noqa: E402
 
 CPU_TOKENS = 2**20
 FEW_TOKENS = 2**18  # below it a column shows that it runs, and no more
@@ -167,16 +167,14 @@ def run(program: Path, budget: float | None, tokens: int | None) -> None:
     runpy.run_path(str(program), run_name="__main__")
 
 
-def meter(variants: dict[str, dict[str, str]], card: str) -> dict[str, dict[str, float]]:
-    """What a step of each takes on a card that need not be here; see tests/gpu/card.py."""
-    from card import compile_for
-
+def meter(variants: dict[str, dict[str, str]], card: str) -> dict[str, list[dict[str, float]]]:
+    """What a step of those that compile takes on a card that need not be here; see tests/gpu/card.py."""
     columns, source = {}, (ROOT / "train.py").read_text()
     for name, constants in variants.items():
         with tempfile.TemporaryDirectory() as folder:
             try:
                 program = with_constants(source, constants)
-                columns[name] = compile_for(card, Path(folder), program)
+                columns[name] = [compile_for(card, Path(folder), program)]
             except RuntimeError as error:
                 print(f"error: {name}: {str(error).splitlines()[-1]}", file=sys.stderr)
     return columns
@@ -309,20 +307,10 @@ def title(options: argparse.Namespace) -> str:
     )
 
 
-def main() -> None:
-    options = parse()
-    if options.run:
-        run(options.run, options.budget, options.tokens)
-        return
-    variants = {} if options.no_reference else {"reference": REFERENCE}
-    variants |= {
-        "train.py": {},
-        **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries},
-    }
-    if options.meter:
-        figures = meter(variants, options.meter)
-        show({name: [column] for name, column in figures.items()}, options.meter, METERED)
-        raise SystemExit(figures.keys() != variants.keys())
+def train_all(
+    variants: dict[str, dict[str, str]], options: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
+    """Make the arena, train each variant, show the figures of those that finished, and return them."""
     if code := subprocess.run(
         [sys.executable, ROOT / "prepare.py", "--arena", options.arena]
     ).returncode:
@@ -334,6 +322,25 @@ def main() -> None:
             print(
                 f"These are fewer than {FEW_TOKENS:,} tokens: the columns run, but how they compare means nothing."
             )
+    return finished
+
+
+def main() -> None:
+    options = parse()
+    if options.run:
+        run(options.run, options.budget, options.tokens)
+        return
+    variants = {} if options.no_reference else {"reference": REFERENCE}
+    variants |= {
+        "train.py": {},
+        **{" ".join(f"{k}={v}" for k, v in tried.items()): tried for tried in options.tries},
+    }
+    if options.meter:
+        finished = meter(variants, options.meter)
+        if finished:
+            show(finished, options.meter, METERED)
+    else:
+        finished = train_all(variants, options)
     if finished.keys() != variants.keys():
         raise SystemExit(1)
 

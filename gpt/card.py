@@ -45,10 +45,10 @@ def find_device(arena: Arena) -> str:
     return "cuda"
 
 
-def suited(arena: Arena) -> tuple[int, int, int, int]:
+def suited(arena: Arena, device: str) -> tuple[int, int, int, int]:
     """What suits the GPU that is here; see `sizes`. One that no table knows is guessed at by its
     memory."""
-    if find_device(arena) == "cpu":
+    if device == "cpu":
         return sizes(8.0, 1.0, arena.vocab_size)
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     return sizes(gib, peak_tflops(torch.cuda.get_device_name()) or 2 * gib, arena.vocab_size)

@@ -87,8 +87,8 @@ def main() -> None:
     source = path.read_text(encoding="utf-8-sig")
     rng = random.Random("/".join(os.environ[f"AUTORESEARCH_{x}"] for x in ("SEED", "EXPERIMENT")))
     tried = tried_before(os.environ["AUTORESEARCH_TAG"])
+    form = ON_CPU if os.environ["AUTORESEARCH_ARENA"] == "demo" else ON_GPU
     for _ in range(TRIES):
-        form = ON_CPU if os.environ["AUTORESEARCH_ARENA"] == "demo" else ON_GPU
         program, changes = propose(source, rng, form)
         if changes and fingerprint(program.encode()) not in tried:
             path.write_text(program, encoding="utf-8")

@@ -33,7 +33,7 @@ from autoresearch.files import (
 from autoresearch.ideas import Run
 from autoresearch.jobs import Job, gpu
 from autoresearch.jobs.compiled import cache_environment
-from autoresearch.jobs.job import Conditions, run_spec, stamps_of
+from autoresearch.jobs.job import Conditions, run_spec
 from autoresearch.jobs.sandbox import NONE, Sandbox, descend, fault, find_rungs, lend
 from autoresearch.journal.changes import syntax_error
 from autoresearch.journal.experiment import show
@@ -124,9 +124,8 @@ class Setup:
             short = f"--train-timeout {limit:g} ends a run before its budget"
             raise UserError(f"{short} of {arena.budget:g} s", 2)
         return Conditions(
-            self.task, self.root, start, arena, self.needs_gpu, self.seed, limit, self.sandbox,
-            stamps_of(arena.folder),
-        )  # fmt: skip
+            self.task, self.root, start, arena, self.needs_gpu, self.seed, limit, self.sandbox
+        )
 
 
 class Warn(str):

@@ -6,15 +6,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from autoresearch import noise
 from autoresearch.agents.call import AgentCall, ask, spent_on
-from autoresearch.files import UserError, check_room, remove, tail
+from autoresearch.files import UserError, check_room, tail
 from autoresearch.ideas import SCORED, Busy, Change, Edit, Idea, Reply, Run, Trouble
 from autoresearch.jobs import LOG, Job, gpu
-from autoresearch.jobs.job import run_spec, stamps_of, touched_files
+from autoresearch.jobs.job import run_spec
 from autoresearch.journal.changes import describe_edit, source_of, syntax_error
 from autoresearch.journal.experiment import Experiment, Verdict
 from autoresearch.journal.git import Repo
@@ -38,6 +39,13 @@ def slow_start(facts: Mapping[str, float], before: Mapping[str, float]) -> str:
     return ""
 
 
+def stamps(folder: Path | None) -> list[tuple[str, int, int]]:
+    """What changes when a file of a folder does."""
+    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    stats = [(path.name, path.lstat()) for path in files]
+    return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+
+
 def read_program(checkout: Repo, commit: str) -> str:
     """program.md as it is now, or as committed while an editor replaces it."""
     text = tail(checkout.tree / "program.md", MAX_FILE)
@@ -50,6 +58,7 @@ class Desk:
 
     def __init__(self, study: Study):
         self.study, self.task, self.journal = study, study.task, study.journal
+        self.data = stamps(study.conditions.arena.folder)
 
     def new_idea(self) -> Idea:
         """An idea that starts from the incumbent, at first its program unchanged."""
@@ -247,17 +256,14 @@ class Desk:
         return job.outcome()
 
     def mend_data(self) -> None:
-        """Have the task's `setup` make files again that somebody has changed or removed since the
-        start. No run can; a cleaner of old files may."""
-        arena, stamps = self.study.conditions.arena, self.study.conditions.stamps
-        if arena.folder and (touched := touched_files(arena.folder, stamps)):
-            for path in (arena.folder / name for name in touched):
-                if path.is_symlink() or not path.is_file():
-                    remove(path)
+        """Have the task's `setup` look after its files again, where one was changed or removed. No
+        run can do that; a cleaner of old files may."""
+        arena = self.study.conditions.arena
+        if stamps(arena.folder) != self.data:
             if self.study.prepare() != arena:
                 what = f"the data of {arena.name} was changed and cannot be made again"
                 raise UserError(f"{what}: take another --tag")
-            stamps |= stamps_of(arena.folder)
+            self.data = stamps(arena.folder)
 
     def wait_for_gpu(self) -> None:
         """Wait while other programs use the GPU, or it lacks the memory of killed ones."""

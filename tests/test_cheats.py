@@ -384,7 +384,8 @@ def run_through(cheats: list[Cheat], folder: Path, cache: Path, nobody: bool = F
             source = re.sub(rf"\b{name}\b(?=[/'])", place, source)
         (folder / f"{number:04d}-0.py").write_text(source)
         (folder / f"{number:04d}.txt").write_text(cheat.name)
-    (folder / "0001-1.py").write_text(TRAIN)  # the repair
+    if cheats[0] is NOT_EXPORTABLE:
+        (folder / "0001-1.py").write_text(TRAIN)  # the repair
     assert STONE != TRAIN
     project.write("train.py", STONE)
     who = ("-c", "user.name=A Person", "-c", "user.email=p@example.org")

@@ -375,41 +375,13 @@ if sys.argv[1:] != ["--judge"] and not os.path.exists({str(data)!r}):
 
 
 def test_data_that_somebody_merely_touched(project: Project) -> None:
-    """Between two runs it is held against nobody. While one runs, nobody can say what it saw: no number."""
+    """`setup` looks at it once more, and nobody is to blame."""
     data = Path(project.env["HOME"]) / "cache/quick/val.bin"
     data.parent.mkdir(parents=True)
     data.touch()
-    project.research(once(project, f"ln {data} {data}.backup; {NEXT}", number=1))
-    link = f"import os, time; os.link({str(data)!r}, {str(data)!r} + str(time.time_ns()))"
-    (project.root.parent / "head.py").write_text(link + "\n")
-    replace(project, options=("--no-isolation",)).research(TRAIN)
-    assert [row["status"] for row in project.rows()] == [
-        "keep",
-        "discard",
-        "crash",
-    ] and data.exists()
-    assert (experiment(project, 2).crash or "").startswith(
-        "changed files while it ran: demo/val.bin"
-    )
-
-
-@pytest.mark.parametrize("put", ["mkdir {}", "ln -s /nowhere {}", "mkfifo {}"])
-def test_data_that_is_no_file_any_more(project: Project, put: str) -> None:
-    data = Path(project.env["HOME"]) / "cache/quick/val.bin"
-    project.patch(
-        "prepare.py",
-        "import json",
-        f"import os; os.makedirs({str(data.parent)!r}, exist_ok=True)\nimport json",
-    )
-    project.patch(
-        "prepare.py", '    print("ready', f"    open({str(data)!r}, 'a').close()\n    print(\"ready"
-    )
-    project.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "data")
-    project.research(
-        once(project, f"rm {data}; {put.format(data)}; {NEXT}", number=1), experiments=2
-    )
+    said = project.research(once(project, f"touch {data}; {NEXT}", number=1))
+    assert "trouble" not in said
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "discard"]
-    assert data.is_file() and not data.is_symlink()
 
 
 @pytest.mark.parametrize("put", ["mkfifo $l", "mkdir $l", "ln -s /dev/zero $l"])

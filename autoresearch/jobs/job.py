@@ -20,8 +20,6 @@ from autoresearch.jobs.sandbox import Sandbox, lend, lent_paths
 from autoresearch.journal.git import Repo, changed_files, checkout_tree, run_git
 from autoresearch.task import Arena, Task
 
-Stamps = dict[str, list[int]]
-
 CLOCKS = "gpu.csv"  # in the folder of an experiment
 OUT, MODEL = "out", "model"  # a folder there, and what a run or its feeder leaves in it
 PAUSED = 0.02  # of the budget: a run that stood still for less is believed
@@ -36,8 +34,8 @@ OURS = re.compile(
 @dataclass(frozen=True)
 class Conditions:
     """What all runs of a study have in common: the task, the person's checkout and the commit that
-    they started from, the arena, the seed, the hard limit in seconds, the sandbox; the stamps of
-    the arena's files when they were whole. `gpu`: whether a run sees one."""
+    they started from, the arena, the seed, the hard limit in seconds, the sandbox. `gpu`: whether
+    a run sees one."""
 
     task: Task
     root: Path
@@ -47,7 +45,6 @@ class Conditions:
     seed: int
     limit: float
     sandbox: Sandbox
-    stamps: Stamps
 
     @classmethod
     def read(cls, spec: dict[str, Any]) -> "Conditions":
@@ -72,19 +69,6 @@ def run_spec(
         "card": card,
         "beat": beat,
     }
-
-
-def stamps_of(folder: Path | None) -> Stamps:
-    """What changes when a file does. Its owner cannot set the time of the last change (ctime)."""
-    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
-    stats = [(path.name, path.lstat()) for path in files]
-    return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats}
-
-
-def touched_files(folder: Path | None, stamps: Stamps) -> list[str]:
-    """Which of a folder's files are not what they were, or gone."""
-    found = stamps_of(folder)
-    return sorted(name for name, stamp in stamps.items() if found.get(name) != stamp)
 
 
 def run(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -229,12 +213,10 @@ class RunJob:
         return Feed(self.task.feed, tree, env, c.limit - c.arena.budget)
 
     def altered(self) -> list[str]:
-        """What was changed while the program ran: files of its tree, and of the arena."""
-        changed, arena = ["its tree"], self.conditions.arena
-        if self.tree.is_dir() and not self.tree.is_symlink():
-            changed = changed_files(self.git_dir, self.tree, self.index)
-        touched = touched_files(arena.folder, self.conditions.stamps)
-        return changed + [f"{arena.name}/{name}" for name in touched]
+        """Which files of its tree a program has changed while it ran."""
+        if self.tree.is_symlink() or not self.tree.is_dir():
+            return ["its tree"]
+        return changed_files(self.git_dir, self.tree, self.index)
 
     def guard(self, found: Run) -> Run:
         """Run `guard` in a fresh tree. Returns the run with its numbers, among them the score if it

@@ -379,7 +379,7 @@ def test_data_that_somebody_merely_touched(project: Project) -> None:
     data = Path(project.env["HOME"]) / "cache/quick/val.bin"
     data.parent.mkdir(parents=True)
     data.touch()
-    said = project.research(once(project, f"touch {data}; {NEXT}", number=1))
+    said = project.research(once(project, f"touch {data}; {NEXT}", number=1), experiments=2)
     assert "trouble" not in said
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "discard"]
 

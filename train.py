@@ -29,6 +29,8 @@ from prepare import ARENA, TrainLoader, finish
 DEVICE = find_device(ARENA)     # "cuda", and "cpu" for the demo
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 if DEVICE == "cuda":
+    import triton
+    import triton.language as tl
     from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use to a CPU
 
@@ -85,7 +87,7 @@ MUON_BETA2    = 0.95        # [0.8, 0.999] second moment of Muon, one for each n
 WEIGHT_DECAY  = 0.1         # [0.0, 1.0] Muon, fades to 0 with the budget
 WARMDOWN      = 0.95        # [0.05, 1.0] share of the budget over which Muon's rate falls
 FINAL_LR      = 0.05        # [0.0, 0.3] where the falling rates end, as a share of the start
-LOSS_CHUNK    = 2**14       # tokens whose logits are in memory at once
+LOSS_CHUNK    = 2**15       # tokens whose logits are in memory at once
 MEMORY_SHARE  = 0.85        # of the GPU's memory that training may take; MICRO_BATCH is halved until that is enough
 WIDTH = HEADS * HEAD_DIM
 T, V = ARENA.sequence_len, ARENA.vocab_size
@@ -349,15 +351,41 @@ def table_update(weight, square, index, grad, lr, step):
     """Step the rows of `weight` (R, C) that `index` (N,) names, by the gradient (N, C) of what was looked up there.
 
     RMSProp without momentum, one second moment for each row (R,), in float32. The gradients of a row that occurs more
-    than once are added up at one of its places, and all of them write the same new row."""
-    places = torch.arange(len(index), device=index.device)
-    place = torch.zeros(len(square), dtype=torch.int64, device=index.device).scatter(0, index, places)[index]
-    total = torch.zeros(grad.shape, device=index.device).index_add(0, place, grad.float())[place]
+    than once are added up. On a GPU this is `table_kernel`: a change belongs in both."""
     square.mul_(TABLE_BETA2)
-    fresh = square[index] + (1 - TABLE_BETA2) * total.square().mean(1)
-    square[index] = fresh
-    spread = (fresh / (1 - TABLE_BETA2**step)).sqrt() + 1e-10
-    weight[index] = (weight[index].float() - lr * total / spread[:, None]).to(weight.dtype)
+    correction = 1 - TABLE_BETA2**step
+    if DEVICE == "cuda":
+        index, order = index.int().sort(stable=True)
+        columns = grad.size(1)
+        table_kernel[(len(index),)](weight, square, index, order, grad, len(index), lr, correction, 1 - TABLE_BETA2,
+                                    columns, 1 << (columns - 1).bit_length(), num_warps=2)
+        return
+    rows, place = index.unique(return_inverse=True)
+    total = torch.zeros(len(rows), grad.size(1)).index_add_(0, place, grad.float())
+    square[rows] += (1 - TABLE_BETA2) * total.square().mean(1)
+    spread = (square[rows] / correction).sqrt() + 1e-10
+    weight[rows] = (weight[rows].float() - lr * total / spread[:, None]).to(weight.dtype)
+
+
+if DEVICE == "cuda":
+    @triton.jit
+    def table_kernel(weight, square, index, order, grad, places, lr, correction, share, columns: tl.constexpr,
+                     block: tl.constexpr):
+        """`table_update` for one place of the sorted `index`: the first place of each row does the work of all."""
+        place = tl.program_id(0)
+        row = tl.load(index + place).to(tl.int64)
+        if tl.load(index + place - 1, mask=place > 0, other=-1) != row:
+            column = tl.arange(0, block)
+            inside = column < columns
+            total = tl.zeros([block], tl.float32)
+            while tl.load(index + place, mask=place < places, other=-1) == row:
+                total += tl.load(grad + tl.load(order + place) * columns + column, mask=inside, other=0).to(tl.float32)
+                place += 1
+            fresh = tl.load(square + row) + share * tl.sum(total * total, 0) / columns
+            tl.store(square + row, fresh)
+            here = weight + row * columns + column
+            old = tl.load(here, mask=inside).to(tl.float32)
+            tl.store(here, old - lr * total / (tl.sqrt(fresh / correction) + 1e-10), mask=inside)
 
 
 def upright(x):
@@ -414,9 +442,8 @@ class RowRMSProp:
     def step(self, rows, grad):
         """`rows` is what was looked up, (B, T, tables), and `grad` has the gradient of each."""
         self.steps += 1
-        scalars = torch.tensor(self.lr), torch.tensor(float(self.steps))
-        weight, index = self.tables.weight, rows.flatten()
-        compiled(table_update)(weight, self.square, index, grad.view(len(index), weight.size(1)), *scalars)
+        grad = grad.reshape(rows.numel(), self.tables.weight.size(1))
+        table_update(self.tables.weight, self.square, rows.flatten(), grad, self.lr, self.steps)
 
 
 def make_optimizers(model):

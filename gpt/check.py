@@ -7,12 +7,19 @@ The checks of GPT training for `doctor`: a line with the finding, or exit code 1
 
 import json
 import os
+import re
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from autoresearch.files import UserError, cache, one_line
 from gpt.arena import ARENAS, DEFAULT_ARENA
+
+# A C compiler's last words, say of a header that it lacks
+FATAL = re.compile(r"fatal error: (.*)|: (No space left.*)")
 
 
 def check_torch(device: str) -> str:
@@ -23,7 +30,7 @@ def check_torch(device: str) -> str:
     built = f"{torch.__version__}, built for {built}"
     if not device:
         return f"{built}; not tried, without a GPU"
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned, compiler_heard() as heard:
         warnings.simplefilter("always")
         problem = "cannot use the GPU"
         cure = "`uv pip install torch --torch-backend=auto`, then `uv run --no-sync loop.py`"
@@ -34,10 +41,31 @@ def check_torch(device: str) -> str:
             cure = "`apt install gcc python3-dev` brings a C compiler and Python.h, or CC names one"
             torch.compile(lambda x: x.sin() + 1)(x)
         except Exception as error:
-            why = [str(error), *(str(warning.message) for warning in said)]
+            why = [str(error), *(str(warning.message) for warning in warned)]
             words = " ".join(text.splitlines()[0] for text in why if text)
+            if said := FATAL.search(heard()):
+                words = said[1] or said[2]
+            if "No space left" in words:
+                cure = f"make room at {tempfile.gettempdir()}, where compilers put what they make"
             raise UserError(f"{built}, {problem}: {one_line(words, 300)}: {cure}") from None
     return built
+
+
+@contextmanager
+def compiler_heard() -> Iterator[Callable[[], str]]:
+    """Catch what other programs say on standard error; yields a function that returns it."""
+    ours = os.dup(2)
+    with open(os.memfd_create("heard"), "rb") as file:  # noqa: PTH123  # in memory: a disk may be full
+        os.dup2(file.fileno(), 2)
+
+        def heard() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield heard
+        finally:
+            os.dup2(ours, 2)
 
 
 def check_data(arena: str) -> str:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
 from statistics import median
 from struct import Struct
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -59,7 +60,9 @@ def training_rows(arena: Arena, stems: list[str]) -> Iterator[np.ndarray]:
 class Feeder:
     """Serves one run. `model` is the folder for graph.json and weights.bin; None drops them."""
 
-    def __init__(self, arena: Arena, requests: BinaryIO, replies: BinaryIO, model: Path | None):
+    def __init__(
+        self, arena: Arena, requests: BufferedReader, replies: BinaryIO, model: Path | None
+    ):
         if (manifest := read_manifest(arena)) is None:
             cure = f"`uv run prepare.py --arena {arena.name}`"
             raise UserError(f"the arena {arena.name!r} is not prepared: run {cure}")
@@ -188,11 +191,13 @@ class Feeder:
             raise Refused("finish was called twice")
         if size > MAX_WEIGHTS:
             raise Refused(f"the weights have {size / 1e9:.0f} GB, and may have 68")
-        left = size
+        left, block, writing = size, memoryview(bytearray(PIPE)), 0.0
         with (self.model / "weights.bin" if self.model else Path(os.devnull)).open("wb") as file:
-            while left and (block := self.requests.read(min(left, PIPE))):
-                left -= file.write(block)
-        late = time.monotonic() - self.ended
+            while left and (got := self.requests.readinto(block[:left])):
+                start = time.monotonic()
+                left -= file.write(block[:got])
+                writing += time.monotonic() - start
+        late = time.monotonic() - self.ended - writing  # a slow disk is not the run's fault
         if left or late > LATE + min(size / SLOWEST, self.share):
             raise Refused(f"the weights came {late:.1f} s after the budget was spent")
         self.tell(weights_MB=size / 1e6)
@@ -222,9 +227,8 @@ def main() -> int:
             fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE)
     try:
         model = os.environ.get("AUTORESEARCH_MODEL")
-        Feeder(
-            from_environment(), sys.stdin.buffer, replies, Path(model) if model else None
-        ).serve()
+        requests = cast("BufferedReader", sys.stdin.buffer)
+        Feeder(from_environment(), requests, replies, Path(model) if model else None).serve()
     except BrokenPipeError:  # the run has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (Refused, UserError, OSError, MemoryError, ValueError) as error:

@@ -66,7 +66,7 @@ def attention() -> None:
 
 
 def tables() -> None:
-    """The compiled step of the n-gram tables, with rows that occur a thousand times, is the dense one."""
+    """The step of the n-gram tables, with rows that occur a thousand times, is the dense one."""
     rows, width, found = 2**16, 320, 2**15
     weight, square = (
         torch.randn(rows, width, device=train.DEVICE),
@@ -78,8 +78,7 @@ def tables() -> None:
             [torch.randint(rows, (found // 2,)), torch.randint(16, (found // 2,))]
         ).to(train.DEVICE)
         grad = torch.randn(found, width, device=train.DEVICE).to(train.DTYPE)
-        scalars = torch.tensor(0.1), torch.tensor(float(step))
-        train.compiled(train.table_update)(weight, square, index, grad, *scalars)
+        train.table_update(weight, square, index, grad, 0.1, step)
         total = torch.zeros_like(dense_weight).index_add(0, index, grad.float())
         dense_square = train.TABLE_BETA2 * dense_square + (
             1 - train.TABLE_BETA2

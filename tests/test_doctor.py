@@ -1,16 +1,11 @@
 """What the doctor says of a machine: each finding by really breaking that one thing."""
 
-import shutil
 import socket
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Project, wait_for
 from test_bad_input import without_gpu
-
-from autoresearch import checks
-from autoresearch.files import UserError
-from autoresearch.jobs.sandbox import find_sandbox
 
 GPU = "A GPU, 570.1, GPU-1"
 
@@ -110,24 +105,6 @@ def test_a_slice_of_a_gpu(project: Project, visible: str, name: str) -> None:
         project.env["CUDA_VISIBLE_DEVICES"] = visible
     found = findings(project, "--arena=python", "--agent=true", code=1)
     assert found["GPU"] == f"ok {name}, driver 570.1, compute capability 9.0, memory not reported"
-
-
-@pytest.mark.skipif(
-    not shutil.which("c++"), reason="compiles for the CPU, which needs a C++ compiler"
-)
-@pytest.mark.parametrize("there", [True, False])
-def test_a_compiler(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile fails without one after all else went well. Here for the CPU, in the same walls."""
-    if not there:
-        for name in ("sh", "unshare", "setpriv", "uname"):
-            (tmp_path / name).symlink_to(str(shutil.which(name)))
-        monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.delenv("CXX", raising=False)
-    if there:
-        assert "built for" in checks.ask_gpt(find_sandbox(), "torch", "cpu")
-    else:
-        with pytest.raises(UserError, match=r"cannot compile: .*apt install gcc"):
-            checks.ask_gpt(find_sandbox(), "torch", "cpu")
 
 
 def test_an_old_gpu_is_told_before_a_download(project: Project) -> None:

@@ -1,8 +1,9 @@
 """On a card of card.py: warm train.py up, take one more step, during which nothing may compile, and evaluate.
 
 Its last line is a JSON object: kernels of Triton, products and GB that a step launches, peaks of memory in GiB. GB is what
-Triton's kernels read and write: each argument as far as the kernel reaches, twice where it is changed in place. Products
-and attention, whose kernels come with torch, are not in it.
+Triton's kernels read and write: each argument as far as the kernel reaches, twice where it is changed in place; of the
+tables the gradient, and as many rows, read and written. Products, attention and sorting, whose kernels come with torch,
+are not in it.
 """
 
 import ctypes
@@ -22,17 +23,24 @@ torch.compile = functools.partial(torch.compile, fullgraph=True)  # a break in a
 import train  # noqa: E402
 
 moved = 0
-launch = CachingAutotuner.run
+launch, table_update = CachingAutotuner.run, train.table_update
 
 
 def metered(self, *args, **kwargs):  # type: ignore[no-untyped-def]
     global moved
-    reach = math.prod(size for size in self.size_hints.values() if size > 0)
-    for name, value in zip(self.triton_meta["signature"], args, strict=False):
+    named = dict(zip(self.triton_meta["signature"], args, strict=False))
+    reach = math.prod(value for name, value in named.items() if name.endswith("numel"))
+    for name, value in named.items():
         if isinstance(value, torch.Tensor):
             size = min(value.numel(), reach) * value.itemsize
             moved += size * (2 if name.startswith("in_out") else 1)
     return launch(self, *args, **kwargs)
+
+
+def metered_tables(weight, square, index, grad, lr, step):  # type: ignore[no-untyped-def]
+    global moved
+    moved += grad.nbytes * (1 + 2 * weight.itemsize // grad.itemsize)
+    table_update(weight, square, index, grad, lr, step)
 
 
 def launched() -> tuple[int, int]:
@@ -53,15 +61,16 @@ def main() -> None:
     warm = torch.cuda.max_memory_allocated()
     optimizers = train.make_optimizers(model)
     torch._dynamo.config.error_on_recompile = True
-    CachingAutotuner.run = metered
-    x = torch.randint(train.V, (rows, train.T + 1), device="cuda")
+    CachingAutotuner.run, train.table_update = metered, metered_tables
+    tokens = torch.randint(train.V, (max(rows, train.ARENA.eval_rows), train.T + 1), device="cuda")
+    x, y = tokens[:rows, :-1].clone(), tokens[:rows, 1:].clone()
     torch.cuda.reset_peak_memory_stats()
     before, moved = launched(), 0
     train.schedule(optimizers, 1, 0.5)
-    train.train_step(model, optimizers, x[:, :-1].clone(), x[:, 1:].clone(), micro_rows)
+    train.train_step(model, optimizers, x, y, micro_rows)
     after, gigabytes, step = launched(), moved / 1e9, torch.cuda.max_memory_allocated()
     with torch.no_grad():
-        train.compiled(model.eval())(x[: train.ARENA.eval_rows, 1:].clone())
+        train.compiled(model.eval())(tokens[: train.ARENA.eval_rows, 1:].clone())
     kernels, products = (b - a for a, b in zip(before, after, strict=True))
     figures = {"kernels": kernels, "products": products, "GB": round(gigabytes, 1), "micro_rows": micro_rows,
                "step_GiB": round(step / 2**30, 2), "peak_GiB": round(max(warm, step) / 2**30, 2)}  # fmt: skip

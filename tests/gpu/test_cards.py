@@ -1,6 +1,6 @@
 """train.py, and what an agent might make of it, compiled for GPUs that are not here; see card.py.
 
-CARDS=H100,3060 uv run pytest tests/gpu      or CARDS=all; minutes for each
+CARDS=4090,5090 uv run pytest tests/gpu      or CARDS=all, for others than these two
 """
 
 import os
@@ -16,13 +16,12 @@ EDITS = {
     "F.relu(linear(x, self.up) - MLP_SHIFT).square()": "F.gelu(linear(x, self.up))",
     "SOFTCAP * torch.tanh(linear(h, self.head).float() / SOFTCAP_KNEE)": "norm(linear(h, self.head).float()) * 5",
 }
-NAMED = os.environ.get("CARDS", "")
+NAMED = os.environ.get("CARDS", "H100,3060")
 TRIED = [*CARDS] if NAMED == "all" else NAMED.split(",")
-WHY_NOT = missing() if NAMED else "takes minutes: CARDS=H100 or CARDS=all asks for it"
 
 pytestmark = [
-    pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT),
-    pytest.mark.timeout(1800),
+    pytest.mark.skipif(missing() != "", reason=missing()),
+    pytest.mark.timeout(900),
     pytest.mark.slow,
 ]
 
@@ -40,11 +39,12 @@ def test_train_compiles(card: str, tmp_path: Path) -> None:
     """No graph break, nothing compiled in the second step, every kernel a cubin, and the whole batch fits the card."""
     figures = compile_for(card, tmp_path, changed({}))
     assert figures["kernels"] > 50 and figures["products"] > 50  # so that this compiled
-    assert card != "H100" or figures["micro_rows"] == 64
-    assert card != "H100" or figures["kernels"] < 220
+    if card == "H100":  # docs/notebook.md has the figures
+        assert figures["micro_rows"] == 64
+        assert figures["kernels"] < 220 and figures["GB"] < 80 and figures["peak_GiB"] < 26
 
 
-@pytest.mark.parametrize("card", TRIED)
+@pytest.mark.parametrize("card", TRIED[1:] or TRIED)
 def test_an_edited_train_compiles(card: str, tmp_path: Path) -> None:
     """Another depth, activation and squeeze, no tables, and two micro-batches."""
     figures = compile_for(card, tmp_path, changed(EDITS | {DEPTH: "DEPTH = 2"}))

@@ -29,8 +29,6 @@ from prepare import ARENA, TrainLoader, finish
 DEVICE = find_device(ARENA)     # "cuda", and "cpu" for the demo
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 if DEVICE == "cuda":
-    import triton
-    import triton.language as tl
     from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use to a CPU
 
@@ -155,11 +153,11 @@ def linear(x, weight):
 
 
 def rotary():
-    """Cosines and signed sines of the rotary embedding (arXiv 2104.09864), each (T, 1, HEAD_DIM)."""
+    """Cosines and signed sines of the rotary embedding (arXiv 2104.09864), (2, T, 1, HEAD_DIM)."""
     wavelengths = ROPE_BASE ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     angles = (torch.arange(T)[:, None] / wavelengths)[:, None]
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)))
 
 
 def rotate(x, cos, sin):
@@ -247,8 +245,7 @@ class GPT(nn.Module):
         self.residual = nn.Parameter(torch.empty(DEPTH))    # weight of the stream in each layer's input
         self.skip = nn.Parameter(torch.empty(DEPTH))        # weight of the token embedding there
         self.head = nn.Parameter(torch.empty(V, WIDTH))
-        for name, table in zip(("cos", "sin"), rotary(), strict=True):
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("rope", rotary(), persistent=False)
         self.to(DEVICE)
         self.initialize()
 
@@ -278,7 +275,7 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.layers):
             # with start.float() its gradient would be summed over the layers in float32
             h = torch.addcmul(self.residual[i] * h.float(), self.skip[i], start).to(DTYPE)
-            h = layer(h, extras.get(i), (self.cos, self.sin), documents)
+            h = layer(h, extras.get(i), self.rope, documents)
         return norm(h)
 
     def logits(self, h):
@@ -351,41 +348,18 @@ def table_update(weight, square, index, grad, lr, step):
     """Step the rows of `weight` (R, C) that `index` (N,) names, by the gradient (N, C) of what was looked up there.
 
     RMSProp without momentum, one second moment for each row (R,), in float32. The gradients of a row that occurs more
-    than once are added up. On a GPU this is `table_kernel`: a change belongs in both."""
+    than once are added up. A kernel does it at once on a GPU; for another rule, leave it out and change the lines below."""
     square.mul_(TABLE_BETA2)
-    correction = 1 - TABLE_BETA2**step
+    correction, share = 1 - TABLE_BETA2**step, 1 - TABLE_BETA2
     if DEVICE == "cuda":
-        index, order = index.int().sort(stable=True)
-        columns = grad.size(1)
-        table_kernel[(len(index),)](weight, square, index, order, grad, len(index), lr, correction, 1 - TABLE_BETA2,
-                                    columns, 1 << (columns - 1).bit_length(), num_warps=2)
+        from gpt.kernels import row_rmsprop  # seconds to import, too
+        row_rmsprop(weight, square, index, grad, lr, correction, share)
         return
     rows, place = index.unique(return_inverse=True)
-    total = torch.zeros(len(rows), grad.size(1)).index_add_(0, place, grad.float())
-    square[rows] += (1 - TABLE_BETA2) * total.square().mean(1)
+    total = grad.new_zeros(len(rows), grad.size(1), dtype=torch.float32).index_add_(0, place, grad.float())
+    square[rows] += share * total.square().mean(1)
     spread = (square[rows] / correction).sqrt() + 1e-10
     weight[rows] = (weight[rows].float() - lr * total / spread[:, None]).to(weight.dtype)
-
-
-if DEVICE == "cuda":
-    @triton.jit
-    def table_kernel(weight, square, index, order, grad, places, lr, correction, share, columns: tl.constexpr,
-                     block: tl.constexpr):
-        """`table_update` for one place of the sorted `index`: the first place of each row does the work of all."""
-        place = tl.program_id(0)
-        row = tl.load(index + place).to(tl.int64)
-        if tl.load(index + place - 1, mask=place > 0, other=-1) != row:
-            column = tl.arange(0, block)
-            inside = column < columns
-            total = tl.zeros([block], tl.float32)
-            while tl.load(index + place, mask=place < places, other=-1) == row:
-                total += tl.load(grad + tl.load(order + place) * columns + column, mask=inside, other=0).to(tl.float32)
-                place += 1
-            fresh = tl.load(square + row) + share * tl.sum(total * total, 0) / columns
-            tl.store(square + row, fresh)
-            here = weight + row * columns + column
-            old = tl.load(here, mask=inside).to(tl.float32)
-            tl.store(here, old - lr * total / (tl.sqrt(fresh / correction) + 1e-10), mask=inside)
 
 
 def upright(x):
@@ -442,8 +416,7 @@ class RowRMSProp:
     def step(self, rows, grad):
         """`rows` is what was looked up, (B, T, tables), and `grad` has the gradient of each."""
         self.steps += 1
-        grad = grad.reshape(rows.numel(), self.tables.weight.size(1))
-        table_update(self.tables.weight, self.square, rows.flatten(), grad, self.lr, self.steps)
+        table_update(self.tables.weight, self.square, rows.flatten(), grad.reshape(-1, WIDTH // 2), self.lr, self.steps)
 
 
 def make_optimizers(model):

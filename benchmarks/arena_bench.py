@@ -199,7 +199,9 @@ def leaving() -> None:
         more, feeder = peak_of("self") - before, peak_of(feed.process.pid)
         feed.close()
         path = Path(name, "weights.bin")
-        mapping = seconds(lambda: graph.read_tensors(path, graph.Graph.read(path.with_name("graph.json"))))
+        mapping = seconds(
+            lambda: graph.read_tensors(path, graph.Graph.read(path.with_name("graph.json")))
+        )
     print(
         f"{exported.size / 1e9:.1f} GB of weights out in {writing:.1f} s, {more:.0f} MB more memory in the run, "
         f"{feeder:.0f} MB in the feeder; mapped in {mapping:.2f} s"

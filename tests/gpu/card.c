@@ -71,7 +71,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *f,
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int block, size_t shared, unsigned flags) { return *n = 1, 0; }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
     memset(a, 0, sizeof *a);
-    a->maxThreadsPerBlock = 1024, a->numRegs = 32, a->binaryVersion = a->ptxVersion = 10 * card.major + card.minor;
+    int version = 10 * card.major + card.minor;
+    a->maxThreadsPerBlock = 1024, a->numRegs = 32;
+    a->binaryVersion = a->ptxVersion = version == 89 ? 86 : version;    /* torch brings no kernels for 8.9 */
     return 0;
 }
 

@@ -35,7 +35,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/gpu"))
-from card import CARDS, compile_for  # noqa: E402
+from card import CARDS, compile_for, missing  # noqa: E402
 
 CPU_TOKENS = 2**20
 FEW_TOKENS = 2**18  # below it a column shows that it runs, and no more
@@ -289,6 +289,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"train.py has lost {', '.join(sorted(absent))}, which `reference` sets: add --no-reference"
         )
+    if options.meter and (lacks := missing()):
+        parser.error(f"--meter: {lacks}")
     if not options.meter and not gpu and options.arena != "demo":
         parser.error(
             f"no NVIDIA GPU found, and only the arena demo runs without one, not {options.arena}"

@@ -13,7 +13,6 @@ import os
 import textwrap
 import time
 from collections import deque
-from contextlib import suppress
 from functools import cache
 
 if "microsoft" not in os.uname().release.lower():     # under WSL2 it fails on some cards (pytorch issue 192330)
@@ -23,13 +22,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt.card import find_device, suited
+from gpt.card import find_attention, find_device, suited
 from prepare import ARENA, TrainLoader, finish
 
 DEVICE = find_device(ARENA)     # "cuda", and "cpu" for the demo
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 if DEVICE == "cuda":
-    from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use to a CPU
 
 
@@ -43,9 +41,8 @@ def compiled(function):
 
 
 # -----------------------------------------------------------------------------
-# Constants, to be edited in place. docs/notebook.md says where each comes from, as far as that is known.
-# [a, b] is the range that the offline agent searches. Rates "at width 768" are used times (WIDTH / 768) ** -0.5, and
-# stand here and in the log without it. `pick` has the value for a CPU, then that for a GPU.
+# Constants, to be edited in place; docs/notebook.md says where they come from. [a, b] is the range that the offline agent
+# searches. `pick` has the value for a CPU, then for a GPU. Rates "at width 768" are used times (WIDTH / 768) ** -0.5.
 
 GPU = suited(ARENA, DEVICE)     # what suits the card; a number in the place of one overrules it
 DEPTH         = pick(2, GPU[0])         # [1, 16] layers
@@ -94,11 +91,7 @@ T, V = ARENA.sequence_len, ARENA.vocab_size
 # Attention: causal, within documents, over a window. On a CPU by a dense mask, on a GPU by flash attention's kernels,
 # which skip what the window and the documents hide.
 
-ATTENTION = "dense" if DEVICE == "cpu" else "varlen"
-if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
-    with suppress(ImportError, OSError, RuntimeError):      # its package is not there, or does not fit this torch
-        activate_flash_attention_impl("FA3")
-        ATTENTION = "varlen, FA3"
+ATTENTION = find_attention(DEVICE)      # "dense", "varlen" or "varlen, FA3"
 
 
 def document_numbers(x):
@@ -115,8 +108,7 @@ def document_mask(x, window):
 
 
 def document_offsets(x):
-    """Starts of the documents in the flattened batch, int32 (B * slots + 1,): a fixed length, as compiling needs. A slot
-    that a row does not need is empty and lies at the row's end; kernels start threads for empty ones too."""
+    """Starts of the documents in the flattened batch, int32 (B * slots + 1,); spare slots are empty, at their row's end."""
     slots = MAX_DOCUMENTS if DOCUMENT_MASK else 1
     rows = torch.arange(len(x), device=x.device)[:, None]
     slot = document_numbers(x) + rows * slots
@@ -131,7 +123,8 @@ def documents_of(x, windows):
 
 
 def attend(q, k, v, documents, window):
-    """Attention of q over k and v, each (B, T, HEADS, HEAD_DIM). `documents` is what `documents_of` returns."""
+    """Attention of q over k and v, each (B, T, HEADS, HEAD_DIM). `documents` is what `documents_of` returns. Inside, the
+    layout differs by device: change what goes in and what comes out."""
     if ATTENTION == "dense":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=documents[window]).transpose(1, 2)
@@ -148,8 +141,8 @@ def norm(x):
 
 
 def linear(x, weight):
-    """Weights are kept in float32 and used in the precision of what they meet."""
-    return F.linear(x, weight.to(x.dtype))
+    """Weights are kept in float32, and all products are in DTYPE."""
+    return F.linear(x.to(DTYPE), weight.to(DTYPE))
 
 
 def rotary():
@@ -234,7 +227,7 @@ class GPT(nn.Module):
     def __init__(self):
         super().__init__()
         letters = (WINDOWS * DEPTH)[: DEPTH - 1] + "L"
-        # not -1 for L: a window as long as the row is the same, and keeps every layer on one attention kernel
+        # not -1 for L: a window as long as the row keeps every layer on one attention kernel
         self.windows = [T if letter == "L" else max(int(T * SHORT_WINDOW), 1) for letter in letters]
         self.valued = list(range((DEPTH - 1) % 2, DEPTH, 2))    # with value embeddings: every second, and the last
         self.embed = nn.Parameter(torch.empty(V, WIDTH))
@@ -251,8 +244,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Start from the seed: unit embeddings, uniform matrices of variance 1 / width, silent output projections."""
+        """Start from the seed: unit embeddings, uniform matrices of variance 1 / width, silent output projections. All
+        parameters are set here and nowhere else, since the warm-up changes them first."""
         torch.manual_seed(ARENA.seed)
+        for parameter in self.parameters():
+            parameter.fill_(torch.nan)
         bound = (3 / WIDTH) ** 0.5
         nn.init.normal_(self.embed)
         nn.init.normal_(self.head, std=0.001)
@@ -264,6 +260,8 @@ class GPT(nn.Module):
         for layer in self.layers:
             for weight in (layer.out, layer.down, *([] if layer.gate is None else [layer.gate])):
                 nn.init.zeros_(weight)
+        left_out = [name for name, parameter in self.named_parameters() if parameter.flatten()[:1].isnan().any()]
+        assert not left_out, f"initialize() leaves out {', '.join(left_out)}"
 
     def hidden(self, x, ngrams):
         """Last state of the residual stream, normed, (B, T, WIDTH), of tokens x and what the tables hold for them."""
@@ -287,7 +285,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(x, self.tables(self.tables.find(x))))
 
     def loss(self, h, y):
-        """Summed cross-entropy of targets y (N,) after states h (N, WIDTH)."""
+        """Summed cross-entropy of targets y (N,) after states h (N, WIDTH); what is added must be a sum over N too."""
         return F.cross_entropy(self.logits(h), y, reduction="sum")
 
 
@@ -409,29 +407,31 @@ class RowRMSProp:
     """The n-gram tables."""
 
     def __init__(self, tables, lr):
-        self.tables, self.lr, self.start_lr, self.warmdown, self.steps = tables, lr, lr, 0.0, 0
+        self.parameters, self.lr, self.start_lr, self.warmdown, self.steps = [tables.weight], lr, lr, 0.0, 0
         self.square = torch.zeros(len(tables.weight), device=DEVICE)
 
     @torch.no_grad()
     def step(self, rows, grad):
         """`rows` is what was looked up, (B, T, tables), and `grad` has the gradient of each."""
         self.steps += 1
-        table_update(self.tables.weight, self.square, rows.flatten(), grad.reshape(-1, WIDTH // 2), self.lr, self.steps)
+        table_update(*self.parameters, self.square, rows.flatten(), grad.reshape(-1, WIDTH // 2), self.lr, self.steps)
 
 
 def make_optimizers(model):
-    """That of the tables, then one for each group of parameters that share a rate and a way to be stepped."""
+    """That of the tables, then those of all other parameters; the last takes what no other does, such as a new gain."""
     scale = (WIDTH / 768) ** -0.5       # the rates were tuned at width 768
-    matrices = [*model.layers.parameters()]
+    matrices = [p for p in model.layers.parameters() if p.dim() > 1 and min(p.shape[-2:]) > 1]
     shapes = sorted({upright(p).shape[1:] for p in matrices})
-    return [
+    optimizers = [
         RowRMSProp(model.tables, TABLE_LR * scale),
         AdamW([model.embed, model.values], EMBEDDING_LR * scale),
         AdamW([model.head], HEAD_LR * scale),
-        AdamW([model.residual], RESIDUAL_LR),
         AdamW([model.skip], SKIP_LR, SKIP_BETA1),
         *(Muon([p for p in matrices if upright(p).shape[1:] == shape], MATRIX_LR) for shape in shapes),
     ]
+    taken = [id(p) for optimizer in optimizers for p in optimizer.parameters]
+    assert len(taken) == len({*taken}), "two optimizers step one parameter"
+    return [*optimizers, AdamW([p for p in model.parameters() if id(p) not in taken], RESIDUAL_LR)]
 
 
 def schedule(optimizers, step, progress):

@@ -1,8 +1,10 @@
 """GPUs: what one can do at best, what suits it, and whether train.py runs on it."""
 
 import math
+from contextlib import suppress
 
 import torch
+import torch.nn.attention
 
 from gpt.arena import Arena, fail
 
@@ -43,6 +45,19 @@ def find_device(arena: Arena) -> str:
         major, minor = capability
         fail(f"{card} {major}.{minor}, and train.py needs 8.0 or newer; {instead}")
     return "cuda"
+
+
+def find_attention(device: str) -> str:
+    """The kernels that attention runs on: `dense` on a CPU, flash attention's `varlen`, or
+    `varlen, FA3` on Hopper where its package is installed, which this makes the one in use."""
+    if device == "cpu":
+        return "dense"
+    if torch.cuda.get_device_capability()[0] == 9:
+        # its package is not there, or does not fit this torch
+        with suppress(ImportError, OSError, RuntimeError):
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            return "varlen, FA3"
+    return "varlen"
 
 
 def suited(arena: Arena, device: str) -> tuple[int, int, int, int]:

@@ -496,6 +496,37 @@ def test_constants_that_do_not_fit(
         train.check_constants()
 
 
+def test_a_parameter_that_nothing_initialises() -> None:
+    """What the module itself has set, the warm-up would have changed."""
+
+    class Normed(train.Layer):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self.norm = torch.nn.LayerNorm(train.WIDTH)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Layer", Normed)
+        with pytest.raises(
+            AssertionError, match=r"leaves out layers.0.norm.weight, layers.0.norm.bias, layers.1"
+        ):
+            train.GPT()
+
+
+def test_every_parameter_is_stepped_once() -> None:
+    """A new gain, of a layer too and as a column, is in the last group; tied weights are told."""
+    model = train.GPT()
+    model.gain = torch.nn.Parameter(torch.ones(train.WIDTH))
+    model.layers[0].gains = torch.nn.Parameter(torch.ones(train.HEADS, 1))
+    optimizers = train.make_optimizers(model)
+    stepped = [id(p) for optimizer in optimizers for p in optimizer.parameters]
+    assert sorted(stepped) == sorted(map(id, model.parameters()))
+    last = [id(p) for p in optimizers[-1].parameters]
+    assert {id(model.gain), id(model.layers[0].gains), id(model.residual)} == {*last}
+    model.head = model.embed
+    with pytest.raises(AssertionError, match="two optimizers step one parameter"):
+        train.make_optimizers(model)
+
+
 @pytest.mark.parametrize(
     ("name", "still"), [("WARMDOWN", train.Muon), ("ADAM_WARMDOWN", train.AdamW)]
 )

@@ -43,7 +43,9 @@ def find_device(arena: Arena) -> str:
     if (capability := torch.cuda.get_device_capability()) < OLDEST:
         card = f"the {torch.cuda.get_device_name()} has compute capability"
         major, minor = capability
-        fail(f"{card} {major}.{minor}, and train.py needs 8.0 or newer; {instead}")
+        fail(
+            f"{card} {major}.{minor}, and train.py needs {OLDEST[0]}.{OLDEST[1]} or newer; {instead}"
+        )
     return "cuda"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from autoresearch.jobs.sandbox import find_sandbox
+from autoresearch.jobs.sandbox import find_rungs
 from autoresearch.journal.experiment import Experiment, parse_message
 from autoresearch.task import read_task
 
@@ -306,7 +306,7 @@ def as_nobody(folder: Path) -> tuple[str, ...]:
 
 
 needs_namespaces = pytest.mark.skipif(
-    find_sandbox().missing != "", reason="this kernel allows no namespaces"
+    next(find_rungs()).missing != "", reason="this kernel allows no namespaces"
 )
 
 

@@ -122,13 +122,6 @@ def find_rungs(
     yield Sandbox((), True, why or "the GPU works in no sandbox", names)
 
 
-def find_sandbox(
-    root: Path | None = None, network: bool = False, names: tuple[str, ...] = ()
-) -> Sandbox:
-    """The best sandbox that this kernel allows; see `find_rungs`."""
-    return next(find_rungs(root, network, names))
-
-
 def descend(rungs: Iterable[Sandbox], fails: Callable[[Sandbox], str]) -> Sandbox:
     """The best sandbox in which something works that runs need, as the GPU does: it never costs a
     person the night. `fails` returns why it does not, or nothing. Where it works in none, the

@@ -11,7 +11,7 @@ from card import ROOT, environment, missing
 
 from autoresearch import checks
 from autoresearch.files import UserError
-from autoresearch.jobs.sandbox import find_sandbox
+from autoresearch.jobs.sandbox import find_rungs
 
 pytestmark = pytest.mark.skipif(missing() != "", reason=missing())
 
@@ -25,7 +25,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask() -> str:
-    return checks.ask_gpt(find_sandbox(names=("LD_PRELOAD", "FAKE_CARD")), "torch", "cuda")
+    return checks.ask_gpt(next(find_rungs(names=("LD_PRELOAD", "FAKE_CARD"))), "torch", "cuda")
 
 
 def test_all_is_there(card: Path) -> None:

@@ -52,7 +52,16 @@ REFERENCE = {
 
 ROWS = ("val_bpb", "tokens/s", "mfu_percent", "num_steps", "total_tokens_M", "num_params_M", "peak_vram_mb",
         "compile_seconds", "training_seconds", "evaluation_seconds", "total_seconds")  # fmt: skip
-METERED = ("kernels", "products", "GB", "micro_rows", "step_GiB", "peak_GiB")
+METERED = (
+    "kernels",
+    "products",
+    "GB",
+    "micro_rows",
+    "step_GiB",
+    "peak_GiB",
+    "import_s",
+    "warm_up_s",
+)
 
 
 def constants_of(source: str) -> set[str]:

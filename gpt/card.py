@@ -42,10 +42,8 @@ def find_device(arena: Arena) -> str:
         fail(f"no NVIDIA GPU found, and the arena {arena.name} needs one; {instead}")
     if (capability := torch.cuda.get_device_capability()) < OLDEST:
         card = f"the {torch.cuda.get_device_name()} has compute capability"
-        major, minor = capability
-        fail(
-            f"{card} {major}.{minor}, and train.py needs {OLDEST[0]}.{OLDEST[1]} or newer; {instead}"
-        )
+        has, needs = (".".join(map(str, version)) for version in (capability, OLDEST))
+        fail(f"{card} {has}, and train.py needs {needs} or newer; {instead}")
     return "cuda"
 
 

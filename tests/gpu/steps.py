@@ -1,6 +1,7 @@
 """On a card of card.py: warm train.py up, take one more step, during which nothing may compile, and evaluate.
 
-Its last line is a JSON object: kernels of Triton, products and GB that a step launches, peaks of memory in GiB. GB is what
+Its last line is a JSON object: kernels of Triton, products and GB that a step launches, peaks of memory in GiB, and the
+seconds that importing and the warm-up take, of which all is tracing, compiling and loading. GB is what
 Triton's kernels read and write: each argument as far as the kernel reaches, twice where it is changed in place; of the
 tables the gradient, and as many rows, read and written. Products, attention and sorting, whose kernels come with torch,
 are not in it.
@@ -12,16 +13,20 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 
-import torch
-import torch._dynamo
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+start = time.perf_counter()
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # noqa: E402
 
 torch.compile = functools.partial(torch.compile, fullgraph=True)  # a break in a graph is an error
 
 import train  # noqa: E402
 
+imported = time.perf_counter()
 moved = 0
 launch, table_update = CachingAutotuner.run, train.table_update
 
@@ -58,7 +63,7 @@ def main() -> None:
     rows = train.BATCH // train.T
     model = train.GPT()
     micro_rows = train.warm_up(model, min(train.BATCH, train.MICRO_BATCH) // train.T)
-    warm = torch.cuda.max_memory_allocated()
+    warm, warmed = torch.cuda.max_memory_allocated(), time.perf_counter()
     optimizers = train.make_optimizers(model)
     torch._dynamo.config.error_on_recompile = True
     CachingAutotuner.run, train.table_update = metered, metered_tables
@@ -73,7 +78,8 @@ def main() -> None:
         train.compiled(model.eval())(tokens[: train.ARENA.eval_rows, 1:].clone())
     kernels, products = (b - a for a, b in zip(before, after, strict=True))
     figures = {"kernels": kernels, "products": products, "GB": round(gigabytes, 1), "micro_rows": micro_rows,
-               "step_GiB": round(step / 2**30, 2), "peak_GiB": round(max(warm, step) / 2**30, 2)}  # fmt: skip
+               "step_GiB": round(step / 2**30, 2), "peak_GiB": round(max(warm, step) / 2**30, 2),
+               "import_s": round(imported - start, 1), "warm_up_s": round(warmed - imported, 1)}  # fmt: skip
     print(json.dumps(figures))
 
 

@@ -59,6 +59,7 @@ MAX_DOCUMENTS = 16          # documents of a row that attention tells apart; the
 MLP_RATIO     = 4           # [1, 8] hidden width of the MLP over the model's width
 MLP_SHIFT     = 0.5         # [0.0, 1.0] the MLP squares what exceeds this
 QK_SCALE      = 1.1         # [0.5, 2.0] length of queries and keys, over that of a normed vector
+KEY_SHIFT     = 0.5         # [0.0, 1.0] share of a key's channels from the token before, in L layers (modded-nanogpt, pull request 169)
 SOFTCAP       = 16.5        # [5.0, 50.0] logits end at plus or minus this
 SOFTCAP_KNEE  = 15.0        # [5.0, 50.0] where they begin to bend
 NGRAMS        = (2, 3)      # lengths of the n-grams that have hashed value embeddings; () for none
@@ -123,8 +124,7 @@ def documents_of(x, windows):
 
 
 def attend(q, k, v, documents, window):
-    """Attention of q over k and v, each (B, T, HEADS, HEAD_DIM). `documents` is what `documents_of` returns. Inside, the
-    layout differs by device: change what goes in and what comes out."""
+    """Attention of q over k and v, each (B, T, HEADS, HEAD_DIM), in `documents_of`. In here layouts differ by device."""
     if ATTENTION == "dense":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=documents[window]).transpose(1, 2)
@@ -204,20 +204,23 @@ class Layer(nn.Module):
         self.up = nn.Parameter(torch.empty(MLP_RATIO * WIDTH, WIDTH))
         self.down = nn.Parameter(torch.empty(WIDTH, MLP_RATIO * WIDTH))
 
-    def forward(self, h, extra, rope, documents):
-        """The residual stream h (B, T, WIDTH) behind this layer. `extra` are value embeddings, each (B, T, WIDTH)."""
-        h = h + self.attention(norm(h), extra, rope, documents)
+    def forward(self, h, extra, rope, documents, later):
+        """The residual stream h (B, T, WIDTH) behind this layer. `extra` are value embeddings, each (B, T, WIDTH); `later`
+        (B, T, 1, 1) is false where a document begins."""
+        h = h + self.attention(norm(h), extra, rope, documents, later)
         return h + self.mlp(norm(h))
 
-    def attention(self, x, extra, rope, documents):
-        B = len(x)
-        q, k, v = linear(x, self.qkv.flatten(0, 1)).view(B, T, 3, HEADS, HEAD_DIM).unbind(2)
+    def attention(self, x, extra, rope, documents, later):
+        q, k, v = linear(x, self.qkv.flatten(0, 1)).view(*x.shape[:2], 3, HEADS, HEAD_DIM).unbind(2)
         if self.gate is not None:   # value residual (arXiv 2410.17897), from embeddings, gated for each head
-            gate = 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS], self.gate)).view(B, T, -1, HEADS, 1)
+            gate = 2 * torch.sigmoid(linear(x[..., :GATE_CHANNELS], self.gate)).view(*x.shape[:2], -1, HEADS, 1)
             for i, source in enumerate(extra):
-                v = v + gate[:, :, i] * source.view(B, T, HEADS, HEAD_DIM)
+                v = v + gate[:, :, i] * source.view_as(v)
+        if self.window == T:        # a long window finds what followed the same token before, without a second layer
+            slow = torch.arange(HEAD_DIM, device=x.device) % (HEAD_DIM // 2) >= (1 - KEY_SHIFT) * HEAD_DIM // 2
+            k = torch.where(slow & later, F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)), k)
         q, k = (QK_SCALE * norm(rotate(t, *rope)) for t in (q, k))
-        return linear(attend(q, k, v, documents, self.window).reshape(B, T, WIDTH), self.out)
+        return linear(attend(q, k, v, documents, self.window).reshape_as(x), self.out)
 
     def mlp(self, x):
         return linear(F.relu(linear(x, self.up) - MLP_SHIFT).square(), self.down)
@@ -265,7 +268,7 @@ class GPT(nn.Module):
 
     def hidden(self, x, ngrams):
         """Last state of the residual stream, normed, (B, T, WIDTH), of tokens x and what the tables hold for them."""
-        documents = documents_of(x, {*self.windows})
+        documents, later = documents_of(x, {*self.windows}), (x != ARENA.bos)[..., None, None]
         h = start = norm(F.embedding(x, self.embed)).to(DTYPE)
         values = F.embedding(x, self.values).to(DTYPE).view(*x.shape, len(self.valued), WIDTH).unbind(2)
         sources = zip(self.valued, values, ngrams.unbind(2), strict=True)
@@ -273,7 +276,7 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.layers):
             # with start.float() its gradient would be summed over the layers in float32
             h = torch.addcmul(self.residual[i] * h.float(), self.skip[i], start).to(DTYPE)
-            h = layer(h, extras.get(i), self.rope, documents)
+            h = layer(h, extras.get(i), self.rope, documents, later)
         return norm(h)
 
     def logits(self, h):
@@ -290,8 +293,7 @@ class GPT(nn.Module):
 
 
 def flops_per_token(model):
-    """What a token costs, forward and backward, as PaLM counts it (arXiv 2204.02311, appendix B): 6 for each weight of a
-    matrix product, 12 for each key of a window in each channel, seen or hidden."""
+    """Of a token, forward and backward, as PaLM counts them (arXiv 2204.02311, appendix B), with keys that are hidden."""
     return 6 * sum(p.numel() for p in (*model.layers.parameters(), model.head)) + 12 * WIDTH * sum(model.windows)
 
 
@@ -473,9 +475,8 @@ def train_step(model, optimizers, x, y, micro_rows):
         h.backward(grad)
         total += loss
         grads.append(ngrams.grad if NGRAMS else ngrams.detach())    # without n-grams empty, and of no part in the loss
-    tables, *others = optimizers
-    tables.step(rows, grads[0] if len(grads) == 1 else torch.cat(grads))
-    for optimizer in others:
+    optimizers[0].step(rows, grads[0] if len(grads) == 1 else torch.cat(grads))
+    for optimizer in optimizers[1:]:
         optimizer.step()
     model.zero_grad()
     return total
@@ -548,7 +549,6 @@ def main():
     gc.collect()
     gc.disable()    # a collection in the middle of the run would stall it
     train(model, optimizers, loader, micro_rows)
-    gc.enable()
     finish(compiled(model), loader, depth=DEPTH, flops_per_token=flops_per_token(model), attention=ATTENTION,
            micro_batch=micro_rows * T, compile_seconds=f"{compile_seconds:.1f}")
 

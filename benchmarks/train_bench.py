@@ -45,7 +45,7 @@ REFERENCE = {
     "DEPTH": "pick(2, 8)", "HEADS": "pick(2, 4)", "BATCH": "pick(2**12, 4 * GPU[2])",
     "MICRO_BATCH": "pick(2**12, 2**18)",
     "WINDOWS": "'SSSL'", "SHORT_WINDOW": "0.5", "DOCUMENT_MASK": "False", "MLP_SHIFT": "0.0", "ROPE_BASE": "10000.0",
-    "QK_SCALE": "1.0", "SOFTCAP": "15.0", "SOFTCAP_KNEE": "15.0", "NGRAMS": "()", "SKIP_INIT": "0.1",
+    "QK_SCALE": "1.0", "KEY_SHIFT": "0.0", "SOFTCAP": "15.0", "SOFTCAP_KNEE": "15.0", "NGRAMS": "()", "SKIP_INIT": "0.1",
     "EMBEDDING_LR": "0.6", "HEAD_LR": "0.004", "RESIDUAL_LR": "0.005", "SKIP_LR": "0.5", "MATRIX_LR": "0.04",
     "WEIGHT_DECAY": "0.2", "WARMDOWN": "0.5", "ADAM_WARMDOWN": "0.5", "FINAL_LR": "0.0",
 }  # fmt: skip

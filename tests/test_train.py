@@ -126,6 +126,13 @@ def plain_loss(
                 *x.shape, -1, train.HEADS, train.HEAD_DIM
             )
             v = v + (gate.view(*x.shape, -1, train.HEADS, 1) * sources).sum(2)
+        if layer.window == train.T:
+            half, before = train.HEAD_DIM // 2, k.roll(1, dims=1)
+            before[:, 0] = 0
+            before[x == BOS] = k[x == BOS]
+            slow = [c for c in range(train.HEAD_DIM) if c % half >= (1 - train.KEY_SHIFT) * half]
+            channels = range(train.HEAD_DIM)
+            k = torch.stack([(before if c in slow else k)[..., c] for c in channels], dim=-1)
         q, k = (train.QK_SCALE * train.norm(plain_rotate(t, train.ROPE_BASE)) for t in (q, k))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / train.HEAD_DIM**0.5
         hidden = ~train.document_mask(x, layer.window)

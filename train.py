@@ -433,7 +433,7 @@ def make_optimizers(model):
     ]
     taken = [id(p) for optimizer in optimizers for p in optimizer.parameters]
     assert len(taken) == len({*taken}), "two optimizers step one parameter"
-    return [*optimizers, AdamW([p for p in model.parameters() if id(p) not in taken], RESIDUAL_LR)]
+    return [*optimizers, AdamW([p for p in model.parameters() if p.requires_grad and id(p) not in taken], RESIDUAL_LR)]
 
 
 def schedule(optimizers, step, progress):

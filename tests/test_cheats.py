@@ -14,7 +14,8 @@ from conftest import ROOT, Project, as_nobody, experiment, make_real_project
 
 TRAIN = (ROOT / "train.py").read_text()
 # As slow to learn as a stone: what is no better than the baseline is not exported, which saves most of the time here
-STONE = re.sub(r"(?s)\n    tables, \*others = optimizers\n.*?(?=\n    model\.zero_grad)", "", TRAIN)
+STONE = re.sub(r"(?s)\n    optimizers\[0\]\.step\(.*?(?=\n    model\.zero_grad)", "", TRAIN)
+assert STONE != TRAIN
 SMALL = {"DEPTH": "1", "HEADS": "1", "HEAD_DIM": "32", "BATCH": "2**10", "TABLE_ROWS": "1"}
 for name, size in SMALL.items():  # and quick
     STONE = re.sub(rf"(?m)^({name} += pick\()[^,]+,", rf"\g<1>{size},", STONE)
@@ -386,7 +387,6 @@ def run_through(cheats: list[Cheat], folder: Path, cache: Path, nobody: bool = F
         (folder / f"{number:04d}.txt").write_text(cheat.name)
     if cheats[0] is NOT_EXPORTABLE:
         (folder / "0001-1.py").write_text(TRAIN)  # the repair
-    assert STONE != TRAIN
     project.write("train.py", STONE)
     who = ("-c", "user.name=A Person", "-c", "user.email=p@example.org")
     project.git(*who, "commit", "-qam", "learn nothing")
@@ -424,6 +424,6 @@ def test_harmless(cheated: Project, cheat: Cheat) -> None:
 
 
 def test_a_model_that_cannot_be_exported_is_mended(cheated: Project) -> None:
-    assert cheated.rows()[1]["status"] != "crash"  # a second of training may be too short to gain
+    assert cheated.rows()[1]["status"] == "keep"
     request = (cheated.root / "runs/t/0001/prompt-1.md").read_text()
     assert "crashed: the model cannot be exported" in request
